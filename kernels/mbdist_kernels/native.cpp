@@ -1,0 +1,329 @@
+// The optional CPU accelerator: the packed-bit passes as loops that a compiler vectorises, one pass over memory each.
+//
+// Plain C ABI, no torch headers (it compiles in seconds); native.py binds it. Every function gives the same bits as the
+// torch version beside its Python name: built with -ffp-contract=off, sums in a fixed order that does not depend on the
+// number of threads. Layout of a plane: see layout.py (bit b of word w is column 32 w + b, bit 1 means -1).
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kWordBits = 32;
+constexpr int kMaxPlanes = 8;
+constexpr int kRowsPerBlock = 32;  // rows whose column sums are kept together: fixes the order of summation
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline uint16_t to_bf16(float value) {  // round to nearest even; a NaN stays a NaN
+  uint32_t bits = as_bits(value);
+  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+}
+
+inline void store(float value, float* out) { *out = value; }
+inline void store(float value, uint16_t* out) { *out = to_bf16(value); }
+inline float load(const float* in) { return *in; }
+inline float load(const uint16_t* in) { return as_float(static_cast<uint32_t>(*in) << 16); }
+
+// The sign bit of column b, in place of an IEEE sign.
+inline uint32_t sign_mask(uint32_t word, int b) { return (word << (31 - b)) & 0x80000000u; }
+
+struct Planes {
+  const int32_t* words[kMaxPlanes];
+  const float* scale_out;  // (K, row_stride)
+  const float* scale_in;   // (K, n)
+  int64_t count, out_stride, rows, columns, words_per_row;
+};
+
+template <int K, typename Out>
+void dequantize(const Planes& p, Out* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < p.rows; ++i) {
+    for (int64_t w = 0; w < p.words_per_row; ++w) {
+      const int64_t first = w * kWordBits;
+      const int width = static_cast<int>(std::min<int64_t>(kWordBits, p.columns - first));
+      float sum[kWordBits] = {};
+      for (int k = 0; k < K; ++k) {
+        const uint32_t word = p.words[k][i * p.words_per_row + w];
+        const float row_scale = p.scale_out[k * p.out_stride + i];
+        const float* in = p.scale_in + k * p.columns + first;
+        if (width == kWordBits) {
+          for (int b = 0; b < kWordBits; ++b)
+            sum[b] += row_scale * as_float(as_bits(in[b]) ^ sign_mask(word, b));
+        } else {
+          for (int b = 0; b < width; ++b)
+            sum[b] += row_scale * as_float(as_bits(in[b]) ^ sign_mask(word, b));
+        }
+      }
+      Out* row = out + i * p.columns + first;
+      if (width == kWordBits) {
+        for (int b = 0; b < kWordBits; ++b) store(sum[b], row + b);
+      } else {
+        for (int b = 0; b < width; ++b) store(sum[b], row + b);
+      }
+    }
+  }
+}
+
+template <typename Out>
+void dequantize_any(const Planes& p, Out* out, int threads) {
+  switch (p.count) {
+    case 1: return dequantize<1>(p, out, threads);
+    case 2: return dequantize<2>(p, out, threads);
+    case 3: return dequantize<3>(p, out, threads);
+    case 4: return dequantize<4>(p, out, threads);
+    case 5: return dequantize<5>(p, out, threads);
+    case 6: return dequantize<6>(p, out, threads);
+    case 7: return dequantize<7>(p, out, threads);
+    case 8: return dequantize<8>(p, out, threads);
+  }
+}
+
+template <int K, typename In>
+void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad_out_stride, float* grad_in,
+              const float* row_factor, const float* column_factor, float* signal, int threads) {
+  const int64_t blocks = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t padded = p.words_per_row * kWordBits;
+  // The trailing columns of a ragged last word read zeros from these padded copies.
+  std::vector<float> in(K * padded, 0.0f), column(signal ? padded : 0, 0.0f);
+  for (int k = 0; k < K; ++k) std::copy_n(p.scale_in + k * p.columns, p.columns, in.data() + k * padded);
+  if (signal) std::copy_n(column_factor, p.columns, column.data());
+  std::vector<float> partial(blocks * K * padded);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    float* sums = partial.data() + block * K * padded;
+    std::fill_n(sums, K * padded, 0.0f);
+    const int64_t last = std::min(p.rows, (block + 1) * kRowsPerBlock);
+    for (int64_t i = block * kRowsPerBlock; i < last; ++i) {
+      float lanes[K][kWordBits] = {};
+      float row_scale[K];
+      for (int k = 0; k < K; ++k) row_scale[k] = p.scale_out[k * p.out_stride + i];
+      const float row = signal ? row_factor[i] : 0.0f;
+      for (int64_t w = 0; w < p.words_per_row; ++w) {
+        const int64_t first = w * kWordBits;
+        const In* source = gradient + i * p.columns + first;
+        float g[kWordBits];
+        if (first + kWordBits <= p.columns) {
+          for (int b = 0; b < kWordBits; ++b) g[b] = load(source + b);
+        } else {
+          for (int b = 0; b < kWordBits; ++b) g[b] = first + b < p.columns ? load(source + b) : 0.0f;
+        }
+        for (int k = 0; k < K; ++k) {
+          const uint32_t word = p.words[k][i * p.words_per_row + w];
+          const float* in_k = in.data() + k * padded + first;
+          float* sums_k = sums + k * padded + first;
+          for (int b = 0; b < kWordBits; ++b) {
+            const float signed_g = as_float(as_bits(g[b]) ^ sign_mask(word, b));
+            lanes[k][b] += signed_g * in_k[b];
+            sums_k[b] += signed_g * row_scale[k];
+          }
+        }
+        if (signal) {
+          float* target = signal + i * padded + first;
+          const float* factor = column.data() + first;
+          for (int b = 0; b < kWordBits; ++b) target[b] = g[b] * row * factor[b];
+          if (first + kWordBits > p.columns)  // padding stays 0 even where g is not finite
+            for (int64_t b = p.columns - first; b < kWordBits; ++b) target[b] = 0.0f;
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        float total = 0.0f;
+        for (int b = 0; b < kWordBits; ++b) total += lanes[k][b];
+        grad_out[k * grad_out_stride + i] = total;
+      }
+    }
+  }
+  for (int k = 0; k < K; ++k)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* sums = partial.data() + (block * K + k) * padded;
+      for (int64_t j = 0; j < p.columns; ++j) grad_in[k * p.columns + j] += sums[j];
+    }
+}
+
+template <typename In>
+void backward_any(const Planes& p, const In* g, float* go, int64_t stride, float* gi, const float* rf, const float* cf,
+                  float* signal, int threads) {
+  switch (p.count) {
+    case 1: return backward<1>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 2: return backward<2>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 3: return backward<3>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 4: return backward<4>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 5: return backward<5>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 6: return backward<6>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 7: return backward<7>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 8: return backward<8>(p, g, go, stride, gi, rf, cf, signal, threads);
+  }
+}
+
+template <typename In>
+void square_sums(const In* values, int64_t rows, int64_t columns, double* sums, int threads) {
+  constexpr int64_t kSlice = 64, kBurst = 64;  // fp32 sums of 64 rows, added up in fp64
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < columns; first += kSlice) {
+    const int64_t width = std::min(kSlice, columns - first);
+    double total[kSlice] = {};
+    for (int64_t start = 0; start < rows; start += kBurst) {
+      float burst[kSlice] = {};
+      const int64_t stop = std::min(rows, start + kBurst);
+      if (width == kSlice) {
+        for (int64_t t = start; t < stop; ++t)
+          for (int64_t j = 0; j < kSlice; ++j) {
+            const float v = load(values + t * columns + first + j);
+            burst[j] += v * v;
+          }
+      } else {
+        for (int64_t t = start; t < stop; ++t)
+          for (int64_t j = 0; j < width; ++j) {
+            const float v = load(values + t * columns + first + j);
+            burst[j] += v * v;
+          }
+      }
+      for (int64_t j = 0; j < kSlice; ++j) total[j] += burst[j];
+    }
+    std::copy_n(total, width, sums + first);
+  }
+}
+
+inline uint32_t lowbias32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Accumulator times sign for the 32 elements of a word.
+inline void ranks_of_word(const int8_t* values, uint32_t word, int8_t* ranks) {
+  for (int b = 0; b < kWordBits; ++b) {
+    const int8_t negative = static_cast<int8_t>(-static_cast<int8_t>((word >> b) & 1u));  // 0 or -1
+    ranks[b] = static_cast<int8_t>((values[b] ^ negative) - negative);
+  }
+}
+
+inline int8_t highest(const int8_t* ranks) {
+  int8_t top = -128;
+  for (int b = 0; b < kWordBits; ++b) top = std::max(top, ranks[b]);
+  return top;
+}
+
+}  // namespace
+
+extern "C" {
+
+void mbdist_dequantize(const Planes* planes, void* out, int is_bf16, int threads) {
+  if (is_bf16)
+    dequantize_any(*planes, static_cast<uint16_t*>(out), threads);
+  else
+    dequantize_any(*planes, static_cast<float*>(out), threads);
+}
+
+void mbdist_scale_gradients_and_signal(const Planes* planes, const void* gradient, int is_bf16, float* grad_out,
+                                       int64_t grad_out_stride, float* grad_in, const float* row_factor,
+                                       const float* column_factor, float* signal, int threads) {
+  if (is_bf16)
+    backward_any(*planes, static_cast<const uint16_t*>(gradient), grad_out, grad_out_stride, grad_in, row_factor,
+                 column_factor, signal, threads);
+  else
+    backward_any(*planes, static_cast<const float*>(gradient), grad_out, grad_out_stride, grad_in, row_factor,
+                 column_factor, signal, threads);
+}
+
+void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, int64_t columns, double* sums,
+                               int threads) {
+  if (is_bf16)
+    square_sums(static_cast<const uint16_t*>(values), rows, columns, sums, threads);
+  else
+    square_sums(static_cast<const float*>(values), rows, columns, sums, threads);
+}
+
+void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t contributions, int64_t elements,
+                              int32_t beta_q15, int32_t limit_q, const uint32_t* keys, int64_t first_element,
+                              float unit, int threads) {
+  const float limit = static_cast<float>(limit_q);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t start = 0; start < elements; start += kWordBits) {
+    int32_t state[kWordBits];
+    for (int b = 0; b < kWordBits; ++b) state[b] = accumulator[start + b];
+    int32_t beta = beta_q15;
+    for (int64_t c = 0; c < contributions; ++c) {
+      const float* signal = signals + c * elements + start;
+      const uint32_t pair = static_cast<uint32_t>((first_element + start) / 2);
+      int32_t random[kWordBits];
+      for (int h = 0; h < kWordBits / 2; ++h) {
+        const uint32_t mixed = lowbias32((pair + h) * 0x9E3779B9u + keys[c]);
+        random[2 * h] = static_cast<int32_t>(mixed & 0x7FFFu);
+        random[2 * h + 1] = static_cast<int32_t>(mixed >> 17);
+      }
+      for (int b = 0; b < kWordBits; ++b) {
+        float wanted = signal[b] * unit;
+        wanted = wanted == wanted ? wanted : 0.0f;
+        wanted = std::min(std::max(wanted, -limit), limit);
+        // Round to nearest even by the magic number 1.5 * 2^23: |wanted| < 2^22, and it vectorises everywhere.
+        const int32_t whole = static_cast<int32_t>((wanted + 12582912.0f) - 12582912.0f);
+        const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
+        state[b] = std::min(std::max(moved, -127), 127);
+      }
+      beta = 1 << 15;
+    }
+    for (int b = 0; b < kWordBits; ++b) accumulator[start + b] = static_cast<int8_t>(state[b]);
+  }
+}
+
+void mbdist_count_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int threshold,
+                             int64_t* histogram) {
+  for (int64_t w = 0; w < num_words; ++w) {
+    int8_t ranks[kWordBits];
+    ranks_of_word(accumulator + w * kWordBits, static_cast<uint32_t>(words[w]), ranks);
+    if (highest(ranks) < threshold) continue;
+    for (int b = 0; b < kWordBits; ++b)
+      if (ranks[b] >= threshold) ++histogram[ranks[b] - threshold];
+  }
+}
+
+// Returns how many elements stand at exactly this level; writes their indices where ``found`` is given.
+int64_t mbdist_find_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int level,
+                               int64_t* found) {
+  int64_t count = 0;
+  for (int64_t w = 0; w < num_words; ++w) {
+    int8_t ranks[kWordBits];
+    ranks_of_word(accumulator + w * kWordBits, static_cast<uint32_t>(words[w]), ranks);
+    if (highest(ranks) < level) continue;
+    for (int b = 0; b < kWordBits; ++b)
+      if (ranks[b] == level) {
+        if (found) found[count] = w * kWordBits + b;
+        ++count;
+      }
+  }
+  return count;
+}
+
+void mbdist_select_flips(int8_t* accumulator, const int32_t* words, int64_t num_words, int level, int32_t* masks,
+                         int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t w = 0; w < num_words; ++w) {
+    int8_t* values = accumulator + w * kWordBits;
+    int8_t ranks[kWordBits];
+    ranks_of_word(values, static_cast<uint32_t>(words[w]), ranks);
+    uint32_t mask = 0;
+    if (highest(ranks) >= level)
+      for (int b = 0; b < kWordBits; ++b)
+        if (ranks[b] >= level) {
+          mask |= 1u << b;
+          values[b] = 0;
+        }
+    masks[w] = static_cast<int32_t>(mask);
+  }
+}
+
+}  // extern "C"

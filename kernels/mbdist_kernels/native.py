@@ -1,0 +1,205 @@
+"""Builds and binds native.cpp, the optional CPU accelerator; everything works without it, only slower.
+
+It is compiled once a machine (a few seconds, ``torch.utils.cpp_extension``, which also locks against several ranks
+building at once) and used for contiguous CPU tensors. ``MBDIST_NATIVE=0`` turns it off; without a compiler one warning
+says so and the torch versions serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fopenmp", "-fno-math-errno"]
+_MAX_PLANES = 8
+
+
+class _Planes(ctypes.Structure):
+    _fields_ = [
+        ("words", ctypes.c_void_p * _MAX_PLANES),
+        ("scale_out", ctypes.c_void_p),
+        ("scale_in", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "out_stride", "rows", "columns", "words_per_row")),
+    ]
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _openmp_flags() -> list[str]:
+    """Link the OpenMP runtime that torch brings: a second one in the process would fight it for the cores."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*.so*"))
+    return [str(bundled[0]), f"-Wl,-rpath,{bundled[0].parent}"] if bundled else ["-fopenmp"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled accelerator, or None where it is switched off or cannot be built."""
+    if os.environ.get("MBDIST_NATIVE", "1") == "0":
+        return None
+    from torch.utils import cpp_extension
+
+    built_from = _SOURCE.read_bytes() + " ".join([*_FLAGS, *_openmp_flags(), _processor()]).encode()
+    name = "mbdist_native_" + hashlib.sha256(built_from).hexdigest()[:12]
+    try:
+        path = cpp_extension.load(
+            name=name,
+            sources=[str(_SOURCE)],
+            extra_cflags=_FLAGS,
+            extra_ldflags=_openmp_flags(),
+            is_python_module=False,
+        )
+        return ctypes.CDLL(path or str(Path(cpp_extension._get_build_directory(name, False)) / f"{name}.so"))
+    except (OSError, RuntimeError, ImportError) as error:
+        _log.warning(
+            "mbdist: the CPU accelerator could not be built (%s); the slower torch versions are used. "
+            "Install g++ and ninja, or set MBDIST_NATIVE=0 to silence this.",
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
+        return None
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """True where the accelerator is at hand and takes these tensors (contiguous rows on the CPU, fp32, bf16 or int8)."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            return False
+        if tensor.stride(-1) != 1 or (tensor.dtype == torch.bfloat16 and not tensor.is_contiguous()):
+            return False
+    return library() is not None
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def _describe(
+    planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
+) -> tuple[_Planes, list[torch.Tensor]]:
+    """The C view of K planes and their scales, and the tensors that must live as long as it."""
+    planes = [plane.contiguous() for plane in planes]
+    scale_in = scale_in.contiguous()
+    if not 1 <= len(planes) <= _MAX_PLANES or scale_out.dtype != torch.float32 or scale_in.dtype != torch.float32:
+        raise ValueError(f"the CPU accelerator takes 1 to {_MAX_PLANES} planes with fp32 scales")
+    words = (ctypes.c_void_p * _MAX_PLANES)(*(plane.data_ptr() for plane in planes))
+    view = _Planes(
+        words,
+        scale_out.data_ptr(),
+        scale_in.data_ptr(),
+        len(planes),
+        scale_out.stride(0),
+        scale_out.shape[1],
+        scale_in.shape[1],
+        planes[0].shape[1],
+    )
+    return view, [*planes, scale_in]
+
+
+def dequantize(planes, scale_out, scale_in, out) -> None:
+    view, _alive = _describe(planes, scale_out, scale_in)
+    library().mbdist_dequantize(
+        ctypes.byref(view), _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), torch.get_num_threads()
+    )
+
+
+def scale_gradients_and_signal(
+    gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, factors, signal
+) -> None:
+    view, _alive = _describe(planes, scale_out, scale_in)
+    row_factor, column_factor = factors if factors is not None else (None, None)
+    gradient = gradient.contiguous()
+    library().mbdist_scale_gradients_and_signal(
+        ctypes.byref(view),
+        _pointer(gradient),
+        ctypes.c_int(gradient.dtype == torch.bfloat16),
+        _pointer(grad_scale_out),
+        ctypes.c_int64(grad_scale_out.stride(0)),
+        _pointer(grad_scale_in),
+        _pointer(row_factor),
+        _pointer(column_factor),
+        _pointer(signal),
+        torch.get_num_threads(),
+    )
+
+
+def column_square_sums(values) -> torch.Tensor:
+    values = values.contiguous()
+    sums = torch.empty(values.shape[1], dtype=torch.float64)
+    library().mbdist_column_square_sums(
+        _pointer(values),
+        ctypes.c_int(values.dtype == torch.bfloat16),
+        *map(ctypes.c_int64, values.shape),
+        _pointer(sums),
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_element) -> None:
+    from mbdist_kernels.flip_update import FIXED_ONE, THRESHOLD
+
+    signals = signals.contiguous()
+    library().mbdist_accumulate_signal(
+        _pointer(accumulator),
+        _pointer(signals),
+        *map(ctypes.c_int64, signals.shape),
+        ctypes.c_int32(beta_q15),
+        ctypes.c_int32(limit_q),
+        (ctypes.c_uint32 * len(keys))(*keys),
+        ctypes.c_int64(first_element),
+        ctypes.c_float(THRESHOLD * FIXED_ONE),
+        torch.get_num_threads(),
+    )
+
+
+def count_candidates(accumulator, words) -> torch.Tensor:
+    from mbdist_kernels.flip_update import LEVELS, THRESHOLD
+
+    histogram = torch.zeros(LEVELS, dtype=torch.int64)
+    library().mbdist_count_candidates(
+        _pointer(accumulator),
+        _pointer(words),
+        ctypes.c_int64(words.numel()),
+        ctypes.c_int(THRESHOLD),
+        _pointer(histogram),
+    )
+    return histogram
+
+
+def find_candidates(accumulator, words, level) -> torch.Tensor:
+    arguments = (_pointer(accumulator), _pointer(words), ctypes.c_int64(words.numel()), ctypes.c_int(level))
+    search = library().mbdist_find_candidates
+    search.restype = ctypes.c_int64
+    found = torch.empty(search(*arguments, None), dtype=torch.int64)
+    search(*arguments, _pointer(found))
+    return found
+
+
+def select_flips(accumulator, words, level) -> torch.Tensor:
+    masks = torch.empty(words.numel(), dtype=torch.int32)
+    library().mbdist_select_flips(
+        _pointer(accumulator),
+        _pointer(words),
+        ctypes.c_int64(words.numel()),
+        ctypes.c_int(level),
+        _pointer(masks),
+        torch.get_num_threads(),
+    )
+    return masks

@@ -1,0 +1,53 @@
+"""The collectives that the Boolean optimizer uses, with every payload byte counted by phase.
+
+A process group of its own: DeepSpeed issues collectives from backward hooks too, and two streams of collectives in one
+group would have to agree on an order. With one rank nothing is sent and every call is the identity.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Communicator:
+    """Collectives over all data-parallel ranks. ``bytes_sent[phase]`` counts what this rank's payload costs on the wire:
+    what leaves it for other ranks, by the ring or pairwise algorithm's minimum."""
+
+    def __init__(self, timeout_s: float = 600):
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.group = dist.new_group(timeout=timedelta(seconds=timeout_s)) if self.world_size > 1 else None
+        self.bytes_sent: Counter[str] = Counter()
+
+    def all_to_all(
+        self,
+        send: torch.Tensor,  # (R, L): row r goes to rank r
+        phase: str,
+    ) -> tuple[torch.Tensor, dist.Work | None]:
+        """Start the exchange; (received (R, L), row r from rank r; handle to wait on, None if done)."""
+        if self.world_size == 1:
+            return send, None
+        self.bytes_sent[phase] += send.nbytes * (self.world_size - 1) // self.world_size
+        received = torch.empty_like(send)
+        return received, dist.all_to_all_single(received, send, group=self.group, async_op=True)
+
+    def all_reduce_sum(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            self.bytes_sent[phase] += 2 * tensor.nbytes * (self.world_size - 1) // self.world_size
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        """Stack every rank's tensor of one shape: (R, *shape)."""
+        if self.world_size == 1:
+            return tensor.unsqueeze(0)
+        self.bytes_sent[phase] += tensor.nbytes * (self.world_size - 1)
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        dist.all_gather(list(gathered.unbind(0)), tensor, group=self.group)
+        return gathered

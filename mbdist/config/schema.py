@@ -1,0 +1,240 @@
+"""Every setting of a run, documented where it is declared; ``mbdist config schema`` prints it as JSON schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    path: str
+    """A local folder, a hub id, or ``package:NAME`` for the folder of an installed Python package."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside `path`, where the weights are in that format."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+
+class ConvertConfig(_Section):
+    planes: Annotated[int, Field(ge=1, le=8)] = 2
+    """K: bits a weight. Ignored where `model.path` is a multi-Boolean model already."""
+    init: Literal["svid"] = "svid"
+    """How planes are found. `svid`: successive extraction from the weights alone (arXiv 2505.22811)."""
+    include: list[str] = ["*"]
+    """Layer names to convert, as shell patterns over module names (`model.layers.*.mlp.*`)."""
+    exclude: list[str] = []
+    """Layer names to leave in floating point; the LM head and the embeddings always are."""
+
+
+class TextSource(_Section):
+    type: Literal["text"]
+    """Plain text files."""
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Files or shell patterns, read in order."""
+
+
+class RecordsSource(_Section):
+    type: Literal["json", "parquet"]
+    """Records in local files: JSON, JSON lines or parquet."""
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Files or shell patterns, read in order."""
+    text_field: str = "text"
+    """Field that holds the text of a record."""
+    messages_field: str | None = None
+    """Field that holds a chat, a list of {role, content}; used instead of `text_field` where given."""
+
+
+class HubSource(_Section):
+    type: Literal["hub"]
+    """A data set of the Hugging Face hub."""
+    name: str
+    """Hub id."""
+    subset: str | None = None
+    """Configuration name of the data set."""
+    split: str = "train"
+    """Split, in the hub's slicing syntax (`train[:5%]`)."""
+    text_field: str = "text"
+    """Field that holds the text of a record."""
+    messages_field: str | None = None
+    """Field that holds a chat, a list of {role, content}; used instead of `text_field` where given."""
+
+
+class PythonDocsSource(_Section):
+    type: Literal["python_docs"]
+    """The Python language reference from the standard library: 465 KB of English prose that needs no download."""
+
+
+DataSource = Annotated[TextSource | RecordsSource | HubSource | PythonDocsSource, Field(discriminator="type")]
+
+
+class DataConfig(_Section):
+    train: DataSource
+    """What to finetune on."""
+    eval: DataSource | None = None
+    """What perplexity is measured on. Left out, the last `eval_fraction` of the training windows is held out."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the training windows that is held out where `eval` is not given."""
+    window: Annotated[int, Field(ge=8)] = 512
+    """Tokens a sequence. Documents are joined by the end-of-text token and cut into windows."""
+    max_eval_windows: PositiveInt | None = None
+    """Measure perplexity on the first so many windows only."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; default: the `datasets` library's cache folder."""
+
+
+class TrainConfig(_Section):
+    steps: Annotated[int, Field(ge=0)] = 100
+    """Optimizer steps. 0 converts, measures and saves."""
+    sequences_per_step: PositiveInt = 8
+    """Global batch: sequences an optimizer step over all workers. Accumulation follows from it."""
+    micro_batch: PositiveInt = 4
+    """Sequences a worker holds at a time in a forward and backward pass."""
+    eval_batch: PositiveInt = 8
+    """Sequences a worker holds at a time in an evaluation."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient clipping of the float parameters; 0 turns it off."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type. `auto`: bf16 where the processor multiplies it in hardware, else fp32."""
+    max_skipped_steps: PositiveInt = 10
+    """Stop after so many steps in a row had to be skipped because a loss or a signal was not finite."""
+    check_planes_every: Annotated[int, Field(ge=0)] = 20
+    """Compare a hash of the planes over all workers every so many steps; 0 turns it off."""
+
+
+class BooleanOptimizerConfig(_Section):
+    trained_plane: Literal["last"] = "last"
+    """Which plane's bits are trained."""
+    signal: Literal["curvature", "raw"] = "curvature"
+    """`curvature`: q / (s^2 h), so the threshold is where a flip pays to second order. `raw`: q as published."""
+    step_size: Annotated[float, Field(ge=0)] = 0.05
+    """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
+    max_step: Annotated[float, Field(gt=0, le=1)] = 0.125
+    """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips."""
+    max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 3e-4
+    """Cap: largest share of a matrix's bits that flips in a step, after warm-up; falls to 0 by a cosine."""
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps over which the cap rises to its full value."""
+    curvature_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Smoothing over steps of the curvature estimate h."""
+
+
+class FloatOptimizerConfig(_Section):
+    lr: Annotated[float, Field(ge=0)] = 5e-4
+    """AdamW learning rate of the scales and of everything in `also_train`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moment decays."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps over which the learning rate rises; then a cosine to 0."""
+    also_train: list[str] = []
+    """More float parameters to train, as shell patterns over parameter names (`*norm*`, `*embed_tokens*`)."""
+
+
+class LossConfig(_Section):
+    teacher: Literal["float", "none"] = "float"
+    """`float`: distil from the float model that was converted (its weights stay in memory). `none`: text alone."""
+    teacher_model: ModelConfig | None = None
+    """The float model, where `model.path` is multi-Boolean already and so cannot be the teacher itself."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of KL(teacher || student)."""
+    kl_reduction: Literal["per_token", "batchmean"] = "per_token"
+    """`per_token`: mean over tokens. `batchmean`: summed over the positions of a sequence, the paper's protocol."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature of the KL term."""
+    cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the next-token cross-entropy. With `teacher: none` it is the whole loss and counts as 1 if 0."""
+    hidden: Literal["none", "mse", "normalised"] = "none"
+    """Match the hidden states after every block: plain squared error, or of the states scaled to unit length."""
+    hidden_weight: Annotated[float, Field(ge=0)] = 10.0
+    """Weight of the hidden-state term (gamma; the paper: 10)."""
+
+
+class CommConfig(_Section):
+    codec: Literal["fp32", "bf16"] = "fp32"
+    """How the Boolean signal travels to the worker that owns the accumulators."""
+    in_flight: PositiveInt = 4
+    """Signals of so many matrices may be on the wire while the backward pass continues."""
+    timeout_s: PositiveInt = 600
+    """Seconds after which a collective that a peer never joined is an error."""
+
+
+class ClusterConfig(_Section):
+    workers: PositiveInt = 1
+    """Data-parallel workers. One GPU each where there are GPUs."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO stage of the float state; stage 3 partitions the planes too."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: GPUs where the machine has them."""
+    cpus_per_worker: PositiveInt | None = None
+    """Cores a worker may use; default: the machine's cores shared evenly (CPU), 4 (GPU)."""
+
+
+class RunConfig(_Section):
+    """One run, wherever it runs."""
+
+    run_dir: str
+    """Folder of the run: resolved config, converted model, metrics, logs, the finished model, summary."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the data order and of stochastic rounding."""
+    model: ModelConfig
+    """What to start from."""
+    convert: ConvertConfig = ConvertConfig()
+    """How the float model becomes multi-Boolean."""
+    data: DataConfig
+    """Training and evaluation text."""
+    train: TrainConfig = TrainConfig()
+    """Length and batch of the run."""
+    boolean: BooleanOptimizerConfig = BooleanOptimizerConfig()
+    """The optimizer of the bits."""
+    floats: FloatOptimizerConfig = FloatOptimizerConfig()
+    """The optimizer of the scales."""
+    loss: LossConfig = LossConfig()
+    """What is minimised."""
+    comm: CommConfig = CommConfig()
+    """Communication of the Boolean signal."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers and sharding."""
+    sample_prompt: str | None = "The"
+    """Text that the finished model continues, as a sign of life in the summary; null for none."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a worker adds up before a step."""
+        return self.train.sequences_per_step // (self.cluster.workers * self.train.micro_batch)
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> RunConfig:
+        problems = []
+        batch, micro, workers = self.train.sequences_per_step, self.train.micro_batch, self.cluster.workers
+        if batch % (workers * micro):
+            if workers > batch:
+                fix = f"use at most {batch} workers, or at least {workers} sequences a step"
+            else:
+                fits = [m for m in range(1, batch // workers + 1) if batch % (workers * m) == 0]
+                fix = (
+                    f"train.micro_batch can be {', '.join(map(str, fits))} here"
+                    if fits
+                    else f"train.sequences_per_step must be a multiple of {workers}"
+                )
+            problems.append(
+                f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
+                f"(train.micro_batch) on {workers} workers (cluster.workers): {fix}"
+            )
+        if self.loss.teacher == "none" and self.loss.hidden != "none":
+            problems.append(f"loss.hidden = {self.loss.hidden} needs a teacher: set loss.teacher to float")
+        if self.loss.teacher == "float" and self.loss.kl_weight == 0 == self.loss.cross_entropy_weight:
+            if self.loss.hidden == "none":
+                problems.append("loss: every weight is 0: give loss.kl_weight or loss.cross_entropy_weight a value")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -1,0 +1,23 @@
+"""What an initialisation yields for one weight matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from mbdist_kernels import dequantize
+
+
+@dataclass
+class PlaneSet:
+    """W_hat = sum_k B_k * outer(scale_out[k], scale_in[k])."""
+
+    planes: list[torch.Tensor]  # K tensors (m, W) int32, packed
+    scale_out: torch.Tensor  # (K, m) fp32
+    scale_in: torch.Tensor  # (K, n) fp32
+
+    def relative_error(self, weight: torch.Tensor) -> float:
+        """||W - W_hat||^2 / ||W||^2 of the matrix (m, n) that this stands for."""
+        weight = weight.float()
+        difference = weight - dequantize(self.planes, self.scale_out, self.scale_in)
+        return (difference.square().sum() / weight.square().sum().clamp_min(1e-30)).item()

@@ -1,0 +1,105 @@
+"""What the trainer asks of DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from deepspeed.comm.comm import comms_logger
+from torch import nn
+
+from mbdist.comm.communicator import Communicator
+from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
+from mbdist.config.schema import RunConfig
+from mbdist.engine.deepspeed_config import deepspeed_config
+from mbdist.engine.float_optimizer import SkippableAdamW
+from mbdist.engine.zero3 import PartitionedPlanes
+from mbdist.optim.boolean import BooleanOptimizer
+from mbdist.optim.schedule import warmup_cosine
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+class Engine:
+    """A student under ZeRO: forward, backward, the float step, and a full state dict for saving."""
+
+    def __init__(self, student: nn.Module, boolean: BooleanOptimizer, config: RunConfig, communicator: Communicator):
+        self.zero_stage = config.cluster.zero_stage
+        self.communicator = communicator
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        floats = config.floats
+        self.optimizer = SkippableAdamW(
+            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, foreach=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=student, optimizer=self.optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
+        )
+        boolean.store = self._plane_store(boolean)
+
+    def _plane_store(self, boolean: BooleanOptimizer) -> PlaneStore:
+        planes = [plane.layer.planes[plane.layer.trained_plane] for plane in boolean.planes]
+        partitions = [plane.partition for plane in boolean.planes]
+        if self.zero_stage == 3:
+            return PartitionedPlanes(planes, partitions)
+        return ReplicatedPlanes(planes, partitions, self.communicator)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def gradient_norm(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def forward(self, **inputs):
+        return self.engine(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """``loss`` is this rank's share times ranks times accumulation steps: DeepSpeed takes means over both."""
+        self.engine.backward(loss)
+
+    def step(self, apply: bool = True) -> None:
+        """To be called after every backward; at an accumulation boundary it updates the floats, if ``apply``."""
+        self.optimizer.skip = not apply
+        self.engine.step()
+
+    def float_state_bytes(self) -> int:
+        """Bytes of the trained floats, masters and moments that this rank keeps between steps."""
+        kept = {id(p): p.nbytes for p in self.engine.module.parameters() if p.requires_grad and p.numel()}
+        for group in self.optimizer.param_groups:  # ZeRO puts its partitioned fp32 masters here
+            kept.update({id(parameter): parameter.nbytes for parameter in group["params"]})
+        for state in self.optimizer.state.values():
+            kept.update({id(value): value.nbytes for value in state.values() if torch.is_tensor(value)})
+        return sum(kept.values())
+
+    def take_communication(self) -> Counter[str]:
+        """Message bytes of DeepSpeed's collectives since the last call, by operation."""
+        sent: Counter[str] = Counter()
+        for operation, sizes in comms_logger.get_raw_data().items():
+            sent[f"deepspeed_{operation}"] += sum(size * record[0] for size, record in sizes.items())
+        comms_logger.reset_data()
+        return sent
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every parameter and buffer by name, whole, on the CPU of rank 0 (None on the others). All ranks iterate."""
+        for name, parameter in self.engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                yield name, parameter.detach().cpu().clone() if self.communicator.rank == 0 else None
+        persistent = self.engine.module.state_dict().keys()
+        for name, buffer in self.engine.module.named_buffers():
+            if name in persistent:
+                yield name, buffer.detach().cpu().clone() if self.communicator.rank == 0 else None
+
+    def close(self) -> None:
+        self.engine.destroy()

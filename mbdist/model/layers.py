@@ -1,0 +1,80 @@
+"""Finding and replacing the linear layers of a model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from mbdist.errors import UserError
+from mbdist.model.linear import MultiBooleanLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear`` or GPT-2's ``Conv1D`` (the same layer with its weight stored transposed)."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a layer that ``is_linear`` accepts."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def convertible_layers(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """Linear layers by name, in model order. The LM head stays float, and so does a layer whose weight is shared.
+
+    Raises UserError where nothing is left to convert.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and owners[id(module.weight)] == 1
+    }
+    if not linear:
+        raise UserError(f"{type(model).__name__} has no linear layers to convert besides its LM head")
+    chosen = {
+        name: module
+        for name, module in linear.items()
+        if _matches(name, include) and not _matches(name, exclude)
+    }
+    if not chosen:
+        raise UserError(
+            f"no linear layer is left by include={list(include)}, exclude={list(exclude)}; the model has "
+            f"{', '.join(list(linear)[:3])}, ... ({len(linear)} in all)"
+        )
+    return chosen
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def boolean_layers(model: nn.Module) -> Iterator[tuple[str, MultiBooleanLinear]]:
+    """The multi-Boolean layers by name, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, MultiBooleanLinear):
+            yield name, module
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Average bits a weight of the multi-Boolean layers: planes and fp32 scales counted, biases not."""
+    bits = weights = 0
+    for _, layer in boolean_layers(model):
+        scales = layer.num_planes * (layer.in_features + layer.out_features)
+        bits += layer.num_planes * layer.num_weights + 32 * scales
+        weights += layer.num_weights
+    return bits / weights

@@ -1,0 +1,103 @@
+"""Loading models and tokenizers from wherever a config points, with errors a user can act on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mbdist.config.schema import ModelConfig
+from mbdist.errors import UserError
+from mbdist.model.quantizer import QUANT_METHOD
+
+
+def resolve_path(path: str) -> str:
+    """Turn ``package:NAME`` into the folder of an installed package; leave hub ids and folders as they are."""
+    if not path.startswith("package:"):
+        return path
+    package = path.removeprefix("package:")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model.path = {path}: no Python package {package} is installed (pip install {package})")
+    return str(spec.submodule_search_locations[0])
+
+
+def is_multi_boolean(source: ModelConfig) -> bool:
+    """Whether the folder holds a multi-Boolean model already."""
+    config = Path(resolve_path(source.path)) / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except ValueError as error:
+        raise UserError(f"{config} is not valid JSON: {error}") from None
+    return quantization.get("quant_method") == QUANT_METHOD
+
+
+def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM, float or multi-Boolean, in eval mode. Scales of a multi-Boolean model stay fp32."""
+    with _clear_errors(source):
+        unpack = {"quantization_config": GgufConfig(dequantize=True)} if source.gguf_file else {}
+        model = AutoModelForCausalLM.from_pretrained(**_arguments(source), **unpack, dtype=dtype)
+    if source.gguf_file and getattr(model, "hf_quantizer", None) is not None:
+        # The weights are plain floats now; left in place, this mark would forbid saving them.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.eval()
+
+
+def load_tokenizer(source: ModelConfig) -> PreTrainedTokenizerBase:
+    with _clear_errors(source):
+        return AutoTokenizer.from_pretrained(**_arguments(source))
+
+
+def context_length(source: ModelConfig) -> int | None:
+    """Longest sequence that the model was made for, from its config alone; None where the config does not say."""
+    if source.gguf_file:
+        return None
+    with _clear_errors(source):
+        config = AutoConfig.from_pretrained(**_arguments(source))
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _arguments(source: ModelConfig) -> dict:
+    arguments = {
+        "pretrained_model_name_or_path": resolve_path(source.path),
+        "gguf_file": source.gguf_file,
+        "revision": source.revision or "main",
+        "trust_remote_code": source.trust_remote_code,
+    }
+    return arguments if source.gguf_file else {key: arguments[key] for key in arguments if key != "gguf_file"}
+
+
+class _clear_errors:
+    """Turns the loaders' many exceptions into one message that names the model."""
+
+    def __init__(self, source: ModelConfig):
+        self.source = source
+
+    def __enter__(self):
+        path = Path(resolve_path(self.source.path))
+        if self.source.gguf_file and path.is_dir() and not (path / self.source.gguf_file).is_file():
+            files = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
+            raise UserError(f"{path} has no file {self.source.gguf_file} (GGUF files there: {files})")
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, UserError) or not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
+            return False
+        where = self.source.path + (f" ({self.source.gguf_file})" if self.source.gguf_file else "")
+        raise UserError(
+            f"cannot load the model {where}: {str(error).strip()}\n"
+            "model.path must be a folder with config.json and safetensors, a hub id, or package:NAME"
+        ) from error

@@ -1,0 +1,54 @@
+"""transformers' extension points: ``AutoModelForCausalLM.from_pretrained`` reads a multi-Boolean folder as it stands.
+
+config.json of such a folder carries ``quantization_config: {quant_method: mbdist, planes: {module name: K, ...}}``.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mbdist.model.layers import is_linear, linear_shape, replace_module
+from mbdist.model.linear import MultiBooleanLinear
+
+QUANT_METHOD = "mbdist"
+
+
+@register_quantization_config(QUANT_METHOD)
+class MultiBooleanConfig(QuantizationConfigMixin):
+    """Which modules are multi-Boolean, and with how many planes."""
+
+    def __init__(self, planes: dict[str, int] | None = None, **_ignored):
+        self.quant_method = QUANT_METHOD
+        self.planes = dict(planes or {})
+
+
+@register_quantizer(QUANT_METHOD)
+class MultiBooleanQuantizer(HfQuantizer):
+    """Puts empty multi-Boolean layers where the checkpoint has planes; the loader then fills them as any parameter."""
+
+    quantization_config: MultiBooleanConfig
+    requires_calibration = True  # a float model is converted by `mbdist convert`, not on loading
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        for name, num_planes in self.quantization_config.planes.items():
+            original = model.get_submodule(name)
+            if not is_linear(original):
+                raise ValueError(f"{name} is listed as multi-Boolean, but is a {type(original).__name__} in this model")
+            out_features, in_features = linear_shape(original)
+            with torch.device("meta"):
+                bias = original.bias is not None
+                layer = MultiBooleanLinear(in_features, out_features, num_planes, bias, dtype=original.weight.dtype)
+            replace_module(model, name, layer)
+        # Scales are masters: they stay fp32 whatever dtype the rest of the model is loaded in.
+        model._keep_in_fp32_modules_strict.update({"scale_out", "scale_in"})
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True

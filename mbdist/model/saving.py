@@ -1,0 +1,70 @@
+"""Writing a finished model so that an interrupted write never costs the one that was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mbdist.errors import UserError
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder beside ``target``; it takes target's place only once everything is written and synced.
+
+    Raises UserError where the disk is full or the place cannot be written; whatever was at ``target`` stays whole.
+    """
+    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        retired = target.with_name(f".{target.name}.old-{os.getpid()}")
+        if target.exists():
+            target.rename(retired)
+        beside.rename(target)
+        _fsync(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        kept = "; the previous save is unharmed" if target.exists() else ""
+        raise UserError(f"cannot save to {target}: {error.strerror or error}{kept}") from error
+    except Exception as error:  # safetensors wraps "no space left" in an error class of its own
+        if "No space left" not in str(error) and "os error 28" not in str(error).lower():
+            raise
+        kept = "; the previous save is unharmed" if target.exists() else ""
+        raise UserError(f"cannot save to {target}: no space left on the disk{kept}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a folder that ``from_pretrained`` loads: weights, config, tokenizer and chat template.
+
+    ``state_dict`` stands in for the model's own where its parameters are partitioned over ranks.
+    """
+    with replaced_folder(folder) as target:
+        model.save_pretrained(target, state_dict=state_dict)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

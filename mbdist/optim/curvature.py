@@ -1,0 +1,67 @@
+"""Factored curvature of every trained matrix, and the vectors that turn a weight gradient into the signal.
+
+h_ij = (sum_t dY_ti^2) (sum_t X_tj^2), the factored diagonal of the Gauss-Newton matrix for a loss averaged over tokens: m + n
+floats a matrix. A flip of bit ij changes the loss by -2 B q + 2 s^2 h to second order (s = s_out_i s_in_j), so it pays where
+B q / (s^2 h) > 1. Both q and s^2 h are rank-1 scalings of G, so the whole normalisation is two vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_FLOOR = 1e-3  # of the mean: rows without gradient and scales near 0 must not blow the ratio up
+
+
+def _floored(values: torch.Tensor) -> torch.Tensor:
+    magnitude = values.abs()
+    return torch.where(values < 0, -1.0, 1.0) * magnitude.clamp_min(_FLOOR * magnitude.mean() + 1e-30)
+
+
+class Curvature:
+    """Sums over the tokens of a step, smoothed over steps. All matrices share one flat fp64 vector, one all-reduce."""
+
+    def __init__(self, shapes: list[tuple[int, int]], decay: float, device: torch.device):
+        self.shapes = shapes  # (m, n) of every matrix
+        self.decay = decay
+        self.steps = 0
+        lengths = [length for shape in shapes for length in shape]
+        # One extra element carries the loss, so that a loss that is not finite on one rank is seen by all.
+        self.sums = torch.zeros(sum(lengths) + 1, dtype=torch.float64, device=device)
+        self._sum_views = self.sums[:-1].split(lengths)
+        self.smoothed = torch.zeros(sum(lengths), dtype=torch.float32, device=device)
+        self._smoothed_views = self.smoothed.split(lengths)
+        self.tokens = 0
+
+    def add(self, index: int, row_squares: torch.Tensor, column_squares: torch.Tensor, tokens: int) -> None:
+        """Add one backward pass of one matrix."""
+        self._sum_views[2 * index].add_(row_squares)
+        self._sum_views[2 * index + 1].add_(column_squares)
+        if index == 0:
+            self.tokens += tokens
+
+    def discard(self) -> None:
+        """Forget the sums of a step that is skipped."""
+        self.sums.zero_()
+        self.tokens = 0
+
+    def absorb(self, tokens: int, gradient_scale: float) -> None:
+        """Fold the step's reduced sums into the smoothed estimate. ``gradient_scale``: factor the gradients carried."""
+        weight = 1.0 - self.decay if self.steps else 1.0
+        for i, (sums, smoothed) in enumerate(zip(self._sum_views, self._smoothed_views, strict=True)):
+            mean = sums * (tokens / gradient_scale**2) if i % 2 == 0 else sums / tokens
+            smoothed.lerp_(mean.float(), weight)
+        self.steps += 1
+        self.discard()
+
+    def factors(
+        self,
+        index: int,
+        scale_out: torch.Tensor,  # (m,) of the trained plane
+        scale_in: torch.Tensor,  # (n,)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row_factor (m,), column_factor (n,)) with G * outer = q / (s^2 h)."""
+        rows, columns = self._smoothed_views[2 * index], self._smoothed_views[2 * index + 1]
+        return (
+            1.0 / (_floored(scale_out) * _floored(rows)),
+            1.0 / (_floored(scale_in) * _floored(columns)),
+        )

@@ -1,0 +1,64 @@
+"""Where a worker finds itself: device, threads, compute type, process group. Nothing here knows who started it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mbdist.config.schema import ClusterConfig, RunConfig
+from mbdist.errors import ConfigError, UserError
+
+
+def choose_device(config: ClusterConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("cluster.device is cuda, but torch sees no GPU here; use cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 where the processor multiplies it in hardware."""
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def set_up_worker(config: RunConfig) -> torch.device:
+    """Choose the device, set the threads, join the process group (already there under Ray Train)."""
+    device = choose_device(config.cluster)
+    # DeepSpeed looks for an accelerator on import; on a CPU worker of a GPU machine it must not find one.
+    os.environ["DS_ACCELERATOR"] = device.type
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.cluster.cpus_per_worker or max(1, cores // local_ranks))
+    if not dist.is_initialized():
+        _join_group(config, device)
+    if dist.get_world_size() != config.cluster.workers:
+        raise ConfigError(
+            f"cluster.workers = {config.cluster.workers}, but {dist.get_world_size()} processes were started; "
+            f"start {config.cluster.workers}, or set cluster.workers={dist.get_world_size()}"
+        )
+    return device
+
+
+def _join_group(config: RunConfig, device: torch.device) -> None:
+    """From torchrun's variables, or a group of one where there are none."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.comm.timeout_s))

@@ -1,0 +1,28 @@
+"""``metrics.jsonl``: one JSON object a line, written by rank 0, read by progress bars and summaries alike."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class MetricsWriter:
+    """Appends events; every line is flushed, so a reader sees it at once."""
+
+    def __init__(self, path: Path, active: bool = True):
+        self._file = path.open("w", encoding="utf-8") if active else None
+
+    def write(self, event: str, **values) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+            self._file.flush()
+
+
+def read_metrics(path: Path) -> Iterator[dict]:
+    """The complete lines of a metrics file, in order."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)

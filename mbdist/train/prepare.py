@@ -1,0 +1,105 @@
+"""What a run needs before its workers compute together: the converted model and the tokenised data.
+
+Rank 0 prepares, outside any collective (tokenising a large corpus outlasts a collective's timeout); the others wait for
+the marker that it leaves. A marker of an earlier run with the same settings is as good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from mbdist.config.schema import ModelConfig, RunConfig
+from mbdist.convert import convert_model
+from mbdist.data import load_corpus
+from mbdist.errors import UserError
+from mbdist.model.layers import bits_per_weight
+from mbdist.model.loading import context_length, is_multi_boolean, load_model, load_tokenizer
+from mbdist.model.saving import save_model
+from mbdist.train.metrics import MetricsWriter
+
+
+def student_source(config: RunConfig) -> ModelConfig:
+    """The multi-Boolean model that training starts from."""
+    if is_multi_boolean(config.model):
+        return config.model
+    return ModelConfig(path=str(Path(config.run_dir) / "converted"), trust_remote_code=config.model.trust_remote_code)
+
+
+def teacher_source(config: RunConfig) -> ModelConfig | None:
+    """The float model to distil from, if any."""
+    if config.loss.teacher == "none":
+        return None
+    if config.loss.teacher_model is not None:
+        return config.loss.teacher_model
+    if is_multi_boolean(config.model):
+        raise UserError(
+            f"{config.model.path} is multi-Boolean, so it cannot be its own float teacher: "
+            "name the float model in loss.teacher_model.path, or set loss.teacher to none"
+        )
+    return config.model
+
+
+def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
+    """Convert and tokenise, unless an earlier run with the same settings did."""
+    teacher_source(config)  # a contradiction here is better found before the work than after
+    marker, key = Path(config.run_dir) / "prepared.json", _key(config)
+    if _marked(marker, key):
+        metrics.write("prepared", reused=True)
+    else:
+        marker.unlink(missing_ok=True)
+        if student_source(config) is not config.model:
+            _convert(config, metrics)
+    source = student_source(config)
+    longest = context_length(source)
+    if longest is not None and config.data.window > longest:
+        raise UserError(f"data.window = {config.data.window} is longer than the model's context of {longest} tokens")
+    metrics.write("tokenizing")
+    corpus = load_corpus(config.data, load_tokenizer(source))
+    if len(corpus.train) < config.train.sequences_per_step:
+        raise UserError(
+            f"the training data fills {len(corpus.train)} windows, less than the {config.train.sequences_per_step} "
+            "sequences of one step: give more text, a smaller data.window or train.sequences_per_step"
+        )
+    metrics.write("tokenized", train_windows=len(corpus.train), eval_windows=len(corpus.eval))
+    marker.write_text(json.dumps({"key": key}))
+
+
+def wait_until_prepared(config: RunConfig) -> None:
+    """For ranks other than 0. If rank 0 fails, whoever started the ranks ends them all."""
+    while not _marked(Path(config.run_dir) / "prepared.json", _key(config)):
+        time.sleep(0.2)
+
+
+def _convert(config: RunConfig, metrics: MetricsWriter) -> None:
+    metrics.write("loading", model=config.model.path)
+    model = load_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    errors = {}
+    metrics.write("converting", planes=config.convert.planes, init=config.convert.init)
+    for report in convert_model(model, config.convert):
+        errors[report.name] = round(report.relative_error, 5)
+    save_model(model, tokenizer, Path(config.run_dir) / "converted")
+    metrics.write(
+        "converted",
+        layers=len(errors),
+        planes=config.convert.planes,
+        bits_per_weight=bits_per_weight(model),
+        mean_relative_error=sum(errors.values()) / len(errors),
+        relative_error=errors,
+    )
+
+
+def _key(config: RunConfig) -> str:
+    sections = [config.model, config.convert, config.data, config.train.sequences_per_step]
+    described = [section if isinstance(section, int) else section.model_dump() for section in sections]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _marked(marker: Path, key: str) -> bool:
+    try:
+        return json.loads(marker.read_text())["key"] == key
+    except (OSError, ValueError, KeyError):
+        return False

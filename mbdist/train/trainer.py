@@ -1,0 +1,286 @@
+"""Finetunes a multi-Boolean model: one worker's part of a run."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from mbdist.comm.communicator import Communicator
+from mbdist.config.schema import RunConfig
+from mbdist.data import Batches, load_corpus
+from mbdist.engine import Engine
+from mbdist.errors import UserError
+from mbdist.model.hashing import hash_tensors
+from mbdist.model.layers import bits_per_weight, boolean_layers
+from mbdist.model.loading import load_model, load_tokenizer
+from mbdist.model.saving import save_model
+from mbdist.optim import BooleanOptimizer, FlipReport
+from mbdist.train.environment import compute_dtype, set_up_worker
+from mbdist.train.evaluate import perplexity
+from mbdist.train.loss import distillation_loss, divisor
+from mbdist.train.metrics import MetricsWriter
+from mbdist.train.prepare import prepare, student_source, teacher_source, wait_until_prepared
+
+_log = logging.getLogger(__name__)
+
+
+def run_worker(config: RunConfig) -> None:
+    """Everything that one of ``cluster.workers`` processes does, from joining the group to the saved model."""
+    device = set_up_worker(config)
+    communicator = Communicator(config.comm.timeout_s)
+    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl", active=communicator.rank == 0)
+    if communicator.rank == 0:
+        prepare(config, metrics)
+    else:
+        wait_until_prepared(config)
+    trainer = Trainer(config, device, communicator, metrics)
+    trainer.evaluate("float")
+    trainer.evaluate("converted")
+    if config.train.steps:
+        trainer.train()
+        trainer.evaluate("finetuned")
+    trainer.save()
+    trainer.close()
+
+
+def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: torch.dtype) -> None:
+    """Scales, and float parameters that match a pattern, are trained in fp32; all others are frozen in ``dtype``.
+
+    Raises UserError for a pattern that matches nothing.
+    """
+    unused = set(patterns)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        matching = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+        unused -= matching
+        parameter.requires_grad = bool(matching) or name.endswith((".scale_out", ".scale_in"))
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    if unused:
+        names = ", ".join(name for name, p in model.named_parameters() if p.is_floating_point() and "scale_" not in name)
+        raise UserError(f"floats.also_train: no parameter matches {', '.join(sorted(unused))}; there are {names[:400]}")
+
+
+class Trainer:
+    """Student, teacher, data and both optimizers of one worker."""
+
+    def __init__(self, config: RunConfig, device: torch.device, communicator: Communicator, metrics: MetricsWriter):
+        self.config = config
+        self.device = device
+        self.communicator = communicator
+        self.metrics = metrics
+        self.dtype = compute_dtype(config.train.precision, device)
+        source = student_source(config)
+        self.tokenizer = load_tokenizer(source)
+        self.corpus = load_corpus(config.data, self.tokenizer)
+        self.batches = Batches(
+            self.corpus.train,
+            config.seed,
+            config.train.sequences_per_step,
+            config.train.micro_batch,
+            communicator.rank,
+            communicator.world_size,
+        )
+        student = load_model(source)
+        self.bits_per_weight = bits_per_weight(student)
+        self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
+        choose_trained_floats(student, config.floats.also_train, self.dtype)
+        student.to(device)
+        if config.train.activation_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        self.teacher = self._load_teacher()
+        self.boolean = BooleanOptimizer(
+            dict(boolean_layers(student)),
+            config.boolean,
+            config.comm,
+            communicator,
+            total_steps=config.train.steps,
+            micro_batches=config.accumulation,
+            seed=config.seed,
+            gradient_scale=communicator.world_size,
+        )
+        self.engine = Engine(student, self.boolean, config, communicator)
+        self._say_what_was_decided()
+
+    def _load_teacher(self) -> PreTrainedModel | None:
+        source = teacher_source(self.config)
+        if source is None:
+            return None
+        return load_model(source, self.dtype).to(self.device).requires_grad_(False)
+
+    def _say_what_was_decided(self) -> None:
+        config = self.config
+        self.metrics.write(
+            "start",
+            model=config.model.path,
+            steps=config.train.steps,
+            world_size=self.communicator.world_size,
+            zero_stage=config.cluster.zero_stage,
+            device=str(self.device),
+            precision=str(self.dtype).removeprefix("torch."),
+            micro_batch=config.train.micro_batch,
+            accumulation=config.accumulation,
+            codec=config.comm.codec,
+            planes=self.num_planes,
+            bits_per_weight=self.bits_per_weight,
+            trained_bits=sum(plane.layer.num_weights for plane in self.boolean.planes),
+        )
+
+    # Forward passes.
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _student(self, input_ids: torch.Tensor, hidden: bool = False):
+        with self._autocast():
+            return self.engine.forward(input_ids=input_ids, use_cache=False, output_hidden_states=hidden)
+
+    @torch.no_grad()
+    def _teach(self, input_ids: torch.Tensor, hidden: bool = False):
+        with self._autocast():
+            return self.teacher(input_ids=input_ids, use_cache=False, output_hidden_states=hidden)
+
+    def evaluate(self, name: str) -> None:
+        """Measure held-out perplexity of the student, or of the teacher under the name ``float``."""
+        if name == "float" and self.teacher is None:
+            return
+        forward = self._teach if name == "float" else self._student
+        self.engine.module.eval()
+        started = time.perf_counter()
+        value = perplexity(
+            lambda ids: forward(ids).logits,
+            self.corpus.eval,
+            self.config.train.eval_batch,
+            self.communicator,
+            self.device,
+        )
+        self.metrics.write("eval", name=name, perplexity=value, seconds=round(time.perf_counter() - started, 2))
+
+    # Training.
+
+    def train(self) -> None:
+        self.engine.module.train()
+        skipped = 0
+        for step in range(self.config.train.steps):
+            started = time.perf_counter()
+            report, losses = self._step(step)
+            skipped = 0 if report else skipped + 1
+            self._log_step(step, report, losses, time.perf_counter() - started)
+            if skipped >= self.config.train.max_skipped_steps:
+                raise UserError(
+                    f"{skipped} steps in a row had a loss or a signal that is not finite; the run stops at step {step}. "
+                    "Lower floats.lr or boolean.max_flip_rate, or use train.precision=fp32"
+                )
+            every = self.config.train.check_planes_every
+            if every and (step + 1) % every == 0:
+                self._check_replicas(step)
+
+    def _step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
+        """One optimizer step; the report is None where the step was skipped. Losses: sums of (total, kl, ce), targets."""
+        config, ranks = self.config, self.communicator.world_size
+        micro_batches = [self.batches.micro_batch_at(step, a) for a in range(config.accumulation)]
+        losses = torch.zeros(4, dtype=torch.float64, device=self.device)
+        losses[3] = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
+        targets = int(self.communicator.all_reduce_sum(losses[3:].clone(), "statistics"))
+        divide_by = max(1, divisor(config.loss, targets, config.train.sequences_per_step))
+        report = None
+        for a, batch in enumerate(micro_batches):
+            terms = self._loss(batch)
+            losses[:3] += torch.tensor([terms.total.item(), terms.kl, terms.cross_entropy], device=self.device)
+            # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over the global batch.
+            self.engine.backward(terms.total * (ranks * config.accumulation / divide_by))
+            self.boolean.finish_micro_batch()
+            last = a + 1 == config.accumulation
+            finite = not last or self.boolean.all_finite(losses[0])
+            if last:
+                report = self.boolean.step() if finite else self.boolean.skip()
+            self.engine.step(apply=finite)
+        self.communicator.all_reduce_sum(losses, "statistics")
+        losses[:3] /= torch.tensor([divide_by, max(1, targets), max(1, targets)], device=self.device)
+        return report, losses
+
+    def _loss(self, batch):
+        ids, learned = batch.input_ids.to(self.device), batch.learned.to(self.device)
+        hidden = self.config.loss.hidden != "none"
+        taught = self._teach(ids, hidden) if self.teacher is not None else None
+        output = self._student(ids, hidden)
+        return distillation_loss(
+            output.logits,
+            taught.logits if taught is not None else None,
+            ids,
+            learned,
+            self.config.loss,
+            output.hidden_states[1:] if hidden else None,
+            taught.hidden_states[1:] if hidden else None,
+        )
+
+    def _check_replicas(self, step: int) -> None:
+        differs = self.boolean.store.check_replicas([plane.name for plane in self.boolean.planes])
+        if differs is not None:
+            raise RuntimeError(f"after step {step} the ranks hold different planes; the first that differs: {differs}")
+
+    def _log_step(self, step: int, report: FlipReport | None, losses: torch.Tensor, seconds: float) -> None:
+        loss, kl, cross_entropy, _ = losses.tolist()
+        trained_bits = sum(plane.layer.num_weights for plane in self.boolean.planes)
+        tokens = self.config.train.sequences_per_step * self.config.data.window
+        sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
+        self.communicator.bytes_sent.clear()
+        self.metrics.write(
+            "step",
+            step=step + 1,
+            loss=loss,
+            kl=kl if self.teacher is not None else None,
+            cross_entropy=cross_entropy,
+            skipped=report is None,
+            flip_rate=report.total() / trained_bits if report else 0.0,
+            flip_cap=report.cap_rate if report else 0.0,
+            flips=report.flips if report else {},
+            learning_rate=self.engine.learning_rate,
+            gradient_norm=self.engine.gradient_norm,
+            tokens_per_s=tokens / seconds,
+            seconds=seconds,
+            memory=self.memory_bytes(),
+            bytes_sent=dict(sent),
+        )
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of this rank by category, and what the process holds in all."""
+        student = self.engine.module
+        planes = [p for p in student.parameters() if p.dtype == torch.int32]
+        frozen = [p for p in student.parameters() if p.dtype != torch.int32 and not p.requires_grad]
+        teacher = self.teacher.parameters() if self.teacher is not None else []
+        return {
+            "planes": _held_bytes(planes),
+            "frozen_floats": _held_bytes(frozen),
+            "trained_floats_and_moments": self.engine.float_state_bytes(),
+            **self.boolean.state_bytes(),
+            "teacher": _held_bytes(teacher),
+            "process": psutil.Process().memory_info().rss,
+            **({"device_peak": torch.cuda.max_memory_allocated()} if self.device.type == "cuda" else {}),
+        }
+
+    # The end.
+
+    def save(self) -> None:
+        """Write the model folder from rank 0; under ZeRO-3 the parameters are gathered one at a time."""
+        state = {name: tensor for name, tensor in self.engine.full_state() if tensor is not None}
+        if self.communicator.rank == 0:
+            folder = Path(self.config.run_dir) / "model"
+            digest = hash_tensors({name: tensor for name, tensor in state.items() if ".plane_" in name})
+            save_model(self.engine.module, self.tokenizer, folder, state)
+            self.metrics.write("saved", folder=str(folder), planes_sha256=digest)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _held_bytes(parameters) -> int:
+    """Bytes that this rank keeps: its part of a parameter that ZeRO-3 partitioned, else all of it."""
+    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in parameters)
