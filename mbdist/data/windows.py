@@ -31,9 +31,9 @@ class Corpus:
 
 def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Windows of the config's data; from the cache where the same text met the same tokenizer before."""
-    train = _cached_windows(config.train, config, tokenizer)
+    train = load_windows(config.train, config, tokenizer)
     if config.eval is not None:
-        held_out = _cached_windows(config.eval, config, tokenizer)
+        held_out = load_windows(config.eval, config, tokenizer)
     else:
         count = max(1, round(len(train) * config.eval_fraction))
         if count >= len(train):
@@ -48,7 +48,8 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpu
     return Corpus(train.with_format("torch"), held_out.with_format("torch"))
 
 
-def _cached_windows(source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+def load_windows(source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    """All windows of one source."""
     root = Path(config.cache_dir) if config.cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "mbdist"
     folder = root / _key(source, config.window, tokenizer)
     if not folder.is_dir():

@@ -88,6 +88,11 @@ class MultiBooleanLinear(nn.Module):
         """A dense copy of W_hat (m, n), for inspection."""
         return dequantize(self.planes, self.scale_out.detach(), self.scale_in.detach(), dtype=dtype)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy, for model code that looks at a linear layer's ``weight``; writing to it changes nothing."""
+        return self.dense_weight()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., m)
         return _MultiBooleanProduct.apply(x, self.scale_out, self.scale_in, self.bias, self)
 

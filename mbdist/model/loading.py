@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,7 +50,14 @@ def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
     """A causal LM, float or multi-Boolean, in eval mode. Scales of a multi-Boolean model stay fp32."""
     with _clear_errors(source):
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if source.gguf_file else {}
-        model = AutoModelForCausalLM.from_pretrained(**_arguments(source), **unpack, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **_arguments(source), **unpack, dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):  # transformers would carry on with random numbers there
+        raise UserError(
+            f"the checkpoint {source.path} lacks {len(missing)} weight(s), first {missing[0]}; it is damaged or "
+            "of another model"
+        )
     if source.gguf_file and getattr(model, "hf_quantizer", None) is not None:
         # The weights are plain floats now; left in place, this mark would forbid saving them.
         model.hf_quantizer.remove_quantization_config(model)
@@ -61,13 +69,17 @@ def load_tokenizer(source: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(**_arguments(source))
 
 
-def context_length(source: ModelConfig) -> int | None:
-    """Longest sequence that the model was made for, from its config alone; None where the config does not say."""
-    if source.gguf_file:
-        return None
+def load_model_config(source: ModelConfig) -> PreTrainedConfig:
+    """The model's own config, without its weights."""
     with _clear_errors(source):
-        config = AutoConfig.from_pretrained(**_arguments(source))
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(**_arguments(source))
+
+
+def check_window(window: int, config: PreTrainedConfig, setting: str) -> None:
+    """Raise UserError where a window is longer than the sequences that the model was made for."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise UserError(f"{setting} = {window} is longer than the model's context of {longest} tokens")
 
 
 def _arguments(source: ModelConfig) -> dict:

@@ -47,7 +47,8 @@ class _TokenLoss(torch.autograd.Function):
             if teacher is not None:
                 if temperature != 1.0:
                     log_p = (logits / temperature).log_softmax(-1)
-                log_q = (teacher[chunk].float() / temperature).log_softmax(-1)
+                taught = teacher[chunk].float()
+                log_q = (taught / temperature if temperature != 1.0 else taught).log_softmax(-1)
                 q = log_q.exp()
                 # temperature^2 keeps the size of the gradient independent of the temperature (Hinton et al.)
                 kl_sum += temperature**2 * (q * (log_q - log_p)).sum()

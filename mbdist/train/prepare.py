@@ -16,7 +16,7 @@ from mbdist.convert import convert_model
 from mbdist.data import load_corpus
 from mbdist.errors import UserError
 from mbdist.model.layers import bits_per_weight
-from mbdist.model.loading import context_length, is_multi_boolean, load_model, load_tokenizer
+from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_model_config, load_tokenizer
 from mbdist.model.saving import save_model
 from mbdist.train.metrics import MetricsWriter
 
@@ -53,9 +53,7 @@ def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
         if student_source(config) is not config.model:
             _convert(config, metrics)
     source = student_source(config)
-    longest = context_length(source)
-    if longest is not None and config.data.window > longest:
-        raise UserError(f"data.window = {config.data.window} is longer than the model's context of {longest} tokens")
+    check_window(config.data.window, load_model_config(source), "data.window")
     metrics.write("tokenizing")
     corpus = load_corpus(config.data, load_tokenizer(source))
     if len(corpus.train) < config.train.sequences_per_step:
@@ -76,6 +74,7 @@ def wait_until_prepared(config: RunConfig) -> None:
 def _convert(config: RunConfig, metrics: MetricsWriter) -> None:
     metrics.write("loading", model=config.model.path)
     model = load_model(config.model)
+    check_window(config.data.window, model.config, "data.window")  # before the work
     tokenizer = load_tokenizer(config.model)
     errors = {}
     metrics.write("converting", planes=config.convert.planes, init=config.convert.init)

@@ -1,0 +1,48 @@
+"""The ``mbdist`` command. A verb a file; heavy imports happen inside the verbs, so that help and checks are quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, train
+from mbdist.errors import UserError
+
+app = typer.Typer(
+    name="mbdist",
+    help="Distributed finetuning of multi-Boolean (1 to 4 bit) language models, natively in the Boolean domain.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("convert")(convert.convert)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("env")(env.env)
+app.add_typer(launch.app, name="launch")
+app.add_typer(config.app, name="config")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one message and exit code 2."""
+    # transformers imports DeepSpeed where it is installed; without a GPU its search for one prints a warning.
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

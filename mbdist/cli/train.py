@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from mbdist.cli.options import Overrides, RunFile
+
+
+def train(run: RunFile, overrides: Overrides = None) -> None:
+    """Run a config without Ray: in this process, or as one of torchrun's.
+
+    Example: `torchrun --nproc-per-node 2 -m mbdist.cli.main train configs/quickstart.yaml`
+    """
+    import contextlib
+    import os
+    import time
+    from pathlib import Path
+
+    from mbdist.cli.launch import print_summary
+    from mbdist.config import load_config
+    from mbdist.train.finish import finish_run
+    from mbdist.train.run_folder import open_run_folder
+    from mbdist.train.watch import RunWatcher
+
+    started = time.time()
+    config = load_config(run, overrides or [])
+    first = int(os.environ.get("RANK", 0)) == 0
+    if "RANK" not in os.environ and config.cluster.workers != 1:
+        from mbdist.errors import ConfigError
+
+        raise ConfigError(
+            f"cluster.workers = {config.cluster.workers}, but this is one process: use `mbdist launch local {run}`, "
+            f"`torchrun --nproc-per-node {config.cluster.workers} -m mbdist.cli.main train {run}`, or cluster.workers=1"
+        )
+    if first:
+        config = open_run_folder(config)
+    else:
+        config = config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve())})
+    from mbdist.train.trainer import run_worker
+
+    with RunWatcher(Path(config.run_dir) / "metrics.jsonl") if first else contextlib.nullcontext():
+        run_worker(config)
+    if first:
+        print_summary(finish_run(config, started), config.run_dir)

@@ -1,0 +1,101 @@
+"""Shows a run while it goes on, from its ``metrics.jsonl``: a progress bar on a terminal, plain lines elsewhere.
+
+The process that watches need not be one that trains: the launcher's driver watches what Ray's workers do.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_POLL_S = 0.3
+_PLAIN_LINES = 20  # about so many step lines a run where there is no terminal
+
+_SAYS = {
+    "loading": "loading {model}",
+    "converting": "converting to {planes} planes ({init})",
+    "converted": "converted {layers} layers: {bits_per_weight:.2f} bits a weight, "
+    "mean relative error {mean_relative_error:.3f}",
+    "prepared": "the converted model of an earlier run with the same settings is reused",
+    "tokenized": "data: {train_windows} training windows, {eval_windows} held out",
+    "start": "{world_size} worker(s) on {device}, ZeRO stage {zero_stage}, {precision}, micro-batch {micro_batch} x "
+    "{accumulation}, signal as {codec}, {trained_bits:,} trained bits",
+    "eval": "perplexity, {name}: {perplexity:,.2f}",
+    "saved": "saved {folder}",
+}
+
+
+class RunWatcher:
+    """Context manager: follows the metrics file in a thread until the block ends."""
+
+    def __init__(self, metrics: Path, console: Console | None = None):
+        self.metrics = metrics
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._progress: Progress | None = None
+        self._steps = 0
+
+    def __enter__(self) -> RunWatcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+        self._stop_bar()
+
+    def _follow(self) -> None:
+        position, rest = 0, ""
+        while True:
+            last_round = self._done.is_set()
+            if self.metrics.exists():
+                with self.metrics.open(encoding="utf-8") as file:
+                    file.seek(position)
+                    text = rest + file.read()
+                    position = file.tell()
+                *lines, rest = text.split("\n")
+                for line in lines:
+                    self._show(json.loads(line))
+            if last_round:
+                return
+            self._done.wait(_POLL_S)
+
+    def _show(self, record: dict) -> None:
+        event = record["event"]
+        if event == "step":
+            self._show_step(record)
+            return
+        if event == "start":
+            self._steps = record["steps"]
+        if event in _SAYS:
+            self._stop_bar()
+            self.console.print(_SAYS[event].format(**record), markup=False)
+
+    def _show_step(self, record: dict) -> None:
+        status = (
+            f"loss {record['loss']:.4g}  {record['tokens_per_s']:,.0f} tokens/s  flips {record['flip_rate']:.1e}"
+            + ("  skipped: not finite" if record["skipped"] else "")
+        )
+        if not self.console.is_terminal:
+            every = max(1, self._steps // _PLAIN_LINES)
+            if record["step"] % every == 0 or record["step"] in (1, self._steps):
+                left = (self._steps - record["step"]) * record["seconds"]
+                line = f"step {record['step']}/{self._steps}  {status}  about {left:.0f} s left"
+                self.console.print(line, markup=False)
+            return
+        if self._progress is None:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+            self._progress = Progress(TextColumn("training"), *columns, console=self.console)
+            self._progress.start()
+            self._task = self._progress.add_task("training", total=self._steps, status="")
+        self._progress.update(self._task, completed=record["step"], status=status)
+
+    def _stop_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

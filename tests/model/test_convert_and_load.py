@@ -1,0 +1,148 @@
+"""Float model -> planes -> folder -> from_pretrained, for every architecture named in the README."""
+
+import json
+import shutil
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.convert import convert_model
+from mbdist.convert.svid import rank_one_magnitude, svid
+from mbdist.errors import UserError
+from mbdist.model.hashing import hash_planes
+from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
+from mbdist.model.loading import is_multi_boolean, load_model
+from mbdist.model.saving import replaced_folder, save_model
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
+
+
+def test_rank_one_magnitude_is_the_best_rank_one():
+    magnitude = torch.rand(40, 30)
+    u, v = rank_one_magnitude(magnitude)
+    best = torch.linalg.svdvals(magnitude)
+    error = (magnitude - torch.outer(u, v)).square().sum()
+    torch.testing.assert_close(error, best[1:].square().sum(), rtol=1e-3, atol=1e-4)
+    assert (u >= 0).all() and (v >= 0).all()
+
+
+def test_svid_error_falls_with_every_plane_and_is_exact_for_a_matrix_of_the_form():
+    weight = torch.randn(64, 96)
+    errors = [svid(weight, k).relative_error(weight) for k in (1, 2, 3, 4)]
+    assert errors == sorted(errors, reverse=True)
+    # Gaussian weights: published and re-measured values of successive extraction
+    for found, expected in zip(errors, (0.363, 0.131, 0.0585, 0.0331), strict=True):
+        assert abs(found - expected) < 0.12 * expected + 0.01
+    rank_one = torch.outer(torch.rand(20) + 0.1, torch.rand(50) + 0.1) * torch.where(torch.rand(20, 50) < 0.5, -1, 1)
+    assert svid(rank_one, 1).relative_error(rank_one) < 1e-10
+
+
+def test_svid_of_a_zero_matrix_is_finite():
+    found = svid(torch.zeros(8, 40), 2)
+    assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_convert_save_load(architecture, tmp_path, tokenizer):
+    model = models.small_model(architecture)
+    ids = torch.randint(0, models.VOCABULARY, (2, 16))
+    float_logits = model(ids).logits
+    total = len(convertible_layers(model))
+    reports = list(convert_model(model, ConvertConfig(planes=4)))
+    assert len(reports) == total == len(list(boolean_layers(model)))
+    assert all(0 < report.relative_error < 0.1 for report in reports)
+    assert 4 < bits_per_weight(model) < 10
+    logits = model(ids).logits
+    assert (logits - float_logits).norm() < 0.8 * float_logits.norm()  # near, as 4 bits are: not another model
+    save_model(model, tokenizer, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert hash_planes(loaded) == hash_planes(model)
+    assert torch.equal(loaded(ids).logits, logits)
+    assert is_multi_boolean(ModelConfig(path=str(tmp_path / "out")))
+
+
+def test_scales_stay_fp32_whatever_the_model_is_loaded_in(tmp_path, tokenizer):
+    model = models.small_model()
+    list(convert_model(model, ConvertConfig()))
+    save_model(model, tokenizer, tmp_path / "out")
+    loaded = load_model(ModelConfig(path=str(tmp_path / "out")), torch.bfloat16)
+    for (_, old), (_, new) in zip(boolean_layers(model), boolean_layers(loaded), strict=True):
+        assert torch.equal(old.scale_out, new.scale_out) and torch.equal(old.scale_in, new.scale_in)
+    assert loaded.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_head_embeddings_and_ties_are_kept():
+    model = models.small_model("llama")
+    names = set(convertible_layers(model))
+    assert "lm_head" not in names and len(names) == 14
+    list(convert_model(model, ConvertConfig()))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_layers_are_chosen_by_pattern():
+    model = models.small_model("llama")
+    reports = list(convert_model(model, ConvertConfig(include=["*.mlp.*"], exclude=["*.1.*"])))
+    assert [report.name for report in reports] == [
+        f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    with pytest.raises(UserError, match=r"no linear layer is left by include=\['nothing'\]"):
+        list(convert_model(models.small_model(), ConvertConfig(include=["nothing"])))
+
+
+def test_model_without_linear_layers_is_refused():
+    with pytest.raises(UserError, match="no linear layers"):
+        convertible_layers(torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4)))
+
+
+def test_damaged_weights_are_refused():
+    model = models.small_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj holds NaN"):
+        list(convert_model(model, ConvertConfig()))
+
+
+def test_generation_works(tmp_path, tokenizer):
+    model = models.small_model()
+    list(convert_model(model, ConvertConfig(planes=3)))
+    save_model(model, tokenizer, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    output = loaded.generate(**tokenizer("The value", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert output.shape[1] == len(tokenizer("The value")["input_ids"]) + 5
+
+
+def test_a_failed_save_leaves_the_previous_one_whole(tmp_path):
+    target = tmp_path / "model"
+    with replaced_folder(target) as folder:
+        (folder / "a").write_text("first")
+    with pytest.raises(UserError, match="previous save is unharmed"), replaced_folder(target) as folder:
+        (folder / "a").write_text("second")
+        raise OSError(28, "No space left on device")
+    assert (target / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_lacks_a_plane_does_not_pass_for_whole(tmp_path, tokenizer):
+    model = models.small_model()
+    list(convert_model(model, ConvertConfig()))
+    save_model(model, tokenizer, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.plane_1"]
+    save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="plane_1"):
+        load_model(ModelConfig(path=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("content", ["not json", json.dumps({"model_type": "llama"})])
+def test_a_broken_folder_is_one_clear_message(tmp_path, llama_folder, content):
+    folder = tmp_path / "broken"
+    shutil.copytree(llama_folder, folder)
+    (folder / "config.json").write_text(content)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="broken"):
+        source = ModelConfig(path=str(folder))
+        is_multi_boolean(source) or load_model(source)

@@ -1,0 +1,189 @@
+"""The Boolean optimizer against an oracle in one process, and the same bits for every sharding of the same signals."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mbdist_kernels import pack_signs, unpack_signs
+
+from mbdist.comm.communicator import Communicator
+from mbdist.comm.flip_exchange import ReplicatedPlanes
+from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.model.linear import MultiBooleanLinear
+from mbdist.optim import BooleanOptimizer
+
+SHAPES = {"a": (5, 33), "b": (40, 64), "tiny": (1, 3)}  # the last: fewer words than ranks
+CONTRIBUTIONS = 12  # micro-batches of a step over all ranks: divisible by 1, 2, 3 and 4 ranks
+STEPS = 4
+
+
+def make_layers():
+    generator = torch.Generator().manual_seed(5)
+    layers = {}
+    for name, (m, n) in SHAPES.items():
+        layer = MultiBooleanLinear(n, m, 2, bias=False)
+        for plane in layer.planes:
+            plane.data = pack_signs(torch.randn(m, n, generator=generator))
+        layer.scale_out.data = torch.rand(2, m, generator=generator) + 0.5
+        layer.scale_in.data = torch.rand(2, n, generator=generator) + 0.5
+        layers[name] = layer
+    return layers
+
+
+def inputs_of(name, step, contribution):
+    """x and dY of one micro-batch: a function of the global contribution number alone."""
+    m, n = SHAPES[name]
+    generator = torch.Generator().manual_seed(m * 7919 + n * 104729 + step * 1009 + contribution)
+    x, noise = torch.randn(6, n, generator=generator), torch.randn(6, m, generator=generator)
+    drift = torch.randn(m, n, generator=torch.Generator().manual_seed(m)) / n**0.5  # what all micro-batches agree on
+    return x, (x @ drift.T + noise) / 72
+
+
+def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
+    layers = make_layers()
+    ranks = communicator.world_size
+    optimizer = BooleanOptimizer(
+        layers, config, CommConfig(codec=codec, in_flight=2), communicator, 2 * steps, CONTRIBUTIONS // ranks, seed=3
+    )
+    planes = [plane.layer.planes[1] for plane in optimizer.planes]
+    optimizer.store = ReplicatedPlanes(planes, [plane.partition for plane in optimizer.planes], communicator)
+    flips = []
+    for step in range(steps):
+        if state_at is not None and step == state_at:
+            saved = optimizer.state_dict()
+            for plane in optimizer.planes:
+                plane.accumulator.fill_(99)
+            optimizer.curvature.smoothed.fill_(-1)
+            optimizer.step_count = 0
+            optimizer.load_state_dict(saved)
+        for a in range(CONTRIBUTIONS // ranks):
+            for name, layer in layers.items():
+                x, grad_y = inputs_of(name, step, a * ranks + communicator.rank)
+                layer(x).backward(grad_y)
+            optimizer.finish_micro_batch()
+        assert optimizer.all_finite(torch.zeros(()))
+        flips.append(dict(optimizer.step().flips))
+        assert optimizer.store.check_replicas(list(layers)) is None
+    return {name: layer.planes[1].data.clone() for name, layer in layers.items()}, flips
+
+
+def _rank_main(rank, world_size, folder, config, codec):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    result = run(Communicator(60), config, codec)
+    torch.save(result, f"{folder}/rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_on_ranks(world_size, folder, config, codec="fp32"):
+    folder = Path(folder) / f"{world_size}_{codec}"
+    folder.mkdir()
+    mp.spawn(_rank_main, (world_size, str(folder), config, codec), nprocs=world_size)
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
+
+
+CURVATURE = BooleanOptimizerConfig(step_size=4.0, max_step=1.0, max_flip_rate=0.02, warmup_fraction=0.0)
+RAW = BooleanOptimizerConfig(signal="raw", step_size=30.0, max_step=1.0, max_flip_rate=1.0, warmup_fraction=0.0)
+
+
+@pytest.mark.parametrize("config", [CURVATURE, RAW], ids=["curvature", "raw"])
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_same_flips_for_any_number_of_ranks(tmp_path, config, codec):
+    alone, flips_alone = run(Communicator(), config, codec)
+    assert sum(sum(step.values()) for step in flips_alone) > 20, "the test must see flips"
+    for world_size in (2, 3, 4):
+        for planes, flips in run_on_ranks(world_size, tmp_path, config, codec):
+            assert flips == flips_alone
+            for name in SHAPES:
+                assert torch.equal(planes[name], alone[name]), name
+
+
+def test_state_dict_restores_a_run_exactly():
+    expected, _ = run(Communicator(), CURVATURE)
+    resumed, _ = run(Communicator(), CURVATURE, state_at=2)
+    for name in SHAPES:
+        assert torch.equal(expected[name], resumed[name])
+
+
+def test_first_curvature_step_only_measures():
+    _, flips = run(Communicator(), CURVATURE, steps=1)
+    assert sum(flips[0].values()) == 0
+
+
+def test_raw_rule_flips_what_the_paper_says():
+    """One step of the raw rule without cap: exactly the bits with eta * q * B >= 1 flip, up to the rounding of 1/64."""
+    config = BooleanOptimizerConfig(signal="raw", step_size=1.0, max_step=1.0, max_flip_rate=1.0, warmup_fraction=0.0)
+    layer = MultiBooleanLinear(64, 32, 2, bias=False)
+    for plane in layer.planes:
+        plane.data = pack_signs(torch.randn(32, 64))
+    layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, torch.rand(2, 64) + 0.5
+    communicator = Communicator()
+    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), communicator, 10, 1, seed=0)
+    optimizer.store = ReplicatedPlanes([layer.planes[1]], [optimizer.planes[0].partition], communicator)
+    x, grad_y = torch.randn(20, 64), torch.randn(20, 32) / 5
+    before = unpack_signs(layer.planes[1].data, 64)
+    layer(x).backward(grad_y)
+    optimizer.finish_micro_batch()
+    assert optimizer.all_finite(torch.zeros(()))
+    report = optimizer.step()
+    flipped = unpack_signs(layer.planes[1].data, 64) != before
+    gain = (grad_y.T @ x) * layer.scale_out[1][:, None] * layer.scale_in[1] * before
+    assert flipped[gain > 1 + 1 / 32].all() and not flipped[gain < 1 - 1 / 32].any()
+    assert report.flips["l"] == int(flipped.sum()) > 50
+    expected_beta = (1 << 15) - round(int(flipped.sum()) / (32 * 64) * (1 << 15))
+    assert optimizer.planes[0].beta_q15 == expected_beta  # beta = 1 - share of bits just flipped
+
+
+def test_curvature_signal_is_q_over_s2h():
+    """The factors times G equal eta * q / (s^2 h) with h of the smoothed batch statistics."""
+    torch.manual_seed(0)
+    layer = MultiBooleanLinear(64, 32, 2, bias=False)
+    for plane in layer.planes:
+        plane.data = pack_signs(torch.randn(32, 64))
+    layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, -torch.rand(2, 64) - 0.5
+    config = BooleanOptimizerConfig(step_size=0.25)
+    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), Communicator(), 10, 1, seed=0)
+    x, dy = torch.randn(50, 64), torch.randn(50, 32)
+    optimizer.curvature.add(0, dy.double().square().sum(0), x.double().square().sum(0), 50)
+    optimizer.curvature.absorb(50, 1.0)
+    row, column = optimizer.factors(layer)
+    g = (dy.T @ x).double()
+    s = torch.outer(layer.scale_out[1].double(), layer.scale_in[1].double())
+    h = torch.outer(dy.double().square().sum(0), x.double().square().sum(0))
+    expected = 0.25 * (g * s) / (s**2 * h)
+    torch.testing.assert_close(g * torch.outer(row, column).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_signal_that_is_not_finite_is_seen_and_changes_nothing():
+    layers = make_layers()
+    communicator = Communicator()
+    optimizer = BooleanOptimizer(layers, RAW, CommConfig(), communicator, 10, 1, seed=0)
+    before = {name: layer.planes[1].data.clone() for name, layer in layers.items()}
+    x, grad_y = inputs_of("b", 0, 0)
+    grad_y[0, 0] = torch.inf
+    layers["b"](x).backward(grad_y)
+    optimizer.finish_micro_batch()
+    assert not optimizer.all_finite(torch.zeros(()))
+    optimizer.skip()
+    assert optimizer.all_finite(torch.zeros(())), "the next step starts clean"
+    assert not optimizer.all_finite(torch.tensor(torch.nan)), "a loss that is not finite counts too"
+    for name, layer in layers.items():
+        assert torch.equal(layer.planes[1].data, before[name])
+
+
+def test_state_of_another_run_is_refused():
+    layers = make_layers()
+    optimizer = BooleanOptimizer(layers, RAW, CommConfig(), Communicator(), 10, 1, seed=0)
+    state = optimizer.state_dict()
+    state["planes"]["other"] = state["planes"].pop("a")
+    with pytest.raises(ValueError, match="other layers"):
+        optimizer.load_state_dict(state)
