@@ -7,8 +7,9 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched in a test
 
-import mbdist  # noqa: F401  (registers the format with transformers)
 import pytest
+
+import mbdist  # noqa: F401  (registers the format with transformers)
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -20,7 +20,14 @@ import torch
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fopenmp", "-fno-math-errno"]
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-fno-math-errno",
+]
 _MAX_PLANES = 8
 
 

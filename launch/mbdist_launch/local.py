@@ -38,7 +38,9 @@ def launch_local(config: RunConfig) -> dict:
         logging_level="ERROR",
     )
     try:
-        trainer = _trainer(config, cpus_per_worker, use_gpu=_use_gpus(config, int(ray.cluster_resources().get("GPU", 0))))
+        trainer = _trainer(
+            config, cpus_per_worker, use_gpu=_use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+        )
         with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
             trainer.fit()
     except TrainingFailedError as error:

@@ -7,7 +7,9 @@ import typer
 
 from mbdist.cli.options import Overrides
 
-app = typer.Typer(help="Measure; every result is a ratio against a named baseline of the same run.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure; every result is a ratio against a named baseline of the same run.", no_args_is_help=True
+)
 
 
 @app.callback()

@@ -54,7 +54,12 @@ def _convert(source: ModelConfig, settings: ConvertConfig, output: Path) -> None
     save_model(model, tokenizer, output)
     table = Table("layer", "out x in", "planes", "relative error")
     for report in reports:
-        table.add_row(report.name, f"{report.shape[0]} x {report.shape[1]}", str(report.planes), f"{report.relative_error:.4f}")
+        table.add_row(
+            report.name,
+            f"{report.shape[0]} x {report.shape[1]}",
+            str(report.planes),
+            f"{report.relative_error:.4f}",
+        )
     console.print(table)
     mean = sum(report.relative_error for report in reports) / len(reports)
     console.print(

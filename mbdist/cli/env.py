@@ -12,10 +12,10 @@ def env() -> None:
     import platform
 
     import torch
-    from mbdist_kernels import native
 
     from mbdist.config.schema import ClusterConfig
     from mbdist.train.environment import choose_device, compute_dtype
+    from mbdist_kernels import native
 
     def version(package: str) -> str | None:
         try:
@@ -23,7 +23,17 @@ def env() -> None:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("mbdist", "torch", "deepspeed", "transformers", "datasets", "ray", "triton", "accelerate", "numpy")
+    packages = (
+        "mbdist",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "ray",
+        "triton",
+        "accelerate",
+        "numpy",
+    )
     device = choose_device(ClusterConfig())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = {

@@ -11,7 +11,9 @@ from mbdist.errors import UserError
 def evaluate(
     model: ModelPath,
     text: Annotated[list[str] | None, typer.Option(help="Text file or shell pattern; repeatable.")] = None,
-    python_docs: Annotated[bool, typer.Option("--python-docs", help="Use the prose of Python's documentation.")] = False,
+    python_docs: Annotated[
+        bool, typer.Option("--python-docs", help="Use the prose of Python's documentation.")
+    ] = False,
     window: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many windows.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,

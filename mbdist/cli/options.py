@@ -12,4 +12,6 @@ Overrides = Annotated[
 ]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or package:NAME.")]
 GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file inside MODEL, if it is one.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]

@@ -7,9 +7,9 @@ for the scales. |R| is not negative, so its leading singular vectors are not eit
 from __future__ import annotations
 
 import torch
-from mbdist_kernels import pack_signs
 
 from mbdist.convert.planes import PlaneSet
+from mbdist_kernels import pack_signs
 
 _POWER_ITERATIONS = 12
 

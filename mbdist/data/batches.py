@@ -26,7 +26,13 @@ class Batches:
     """Micro-batches by (step, accumulation index) for one rank."""
 
     def __init__(
-        self, windows: datasets.Dataset, seed: int, sequences_per_step: int, micro_batch: int, rank: int, world_size: int
+        self,
+        windows: datasets.Dataset,
+        seed: int,
+        sequences_per_step: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
     ):
         self.windows = windows
         self.seed = seed

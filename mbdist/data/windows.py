@@ -64,7 +64,15 @@ def _key(source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase) ->
     files = [(str(path.resolve()), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files_of(source)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    described = [_FORMAT, source.model_dump(), files, window, rules, tokenizer.chat_template, tokenizer.eos_token_id]
+    described = [
+        _FORMAT,
+        source.model_dump(),
+        files,
+        window,
+        rules,
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+    ]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -23,9 +23,5 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
 def hash_planes(model: nn.Module) -> str:
     """sha256 of the planes of all multi-Boolean layers."""
     return hash_tensors(
-        {
-            f"{name}.plane_{k}": plane
-            for name, layer in boolean_layers(model)
-            for k, plane in enumerate(layer.planes)
-        }
+        {f"{name}.plane_{k}": plane for name, layer in boolean_layers(model) for k, plane in enumerate(layer.planes)}
     )

@@ -42,9 +42,7 @@ def convertible_layers(
     if not linear:
         raise UserError(f"{type(model).__name__} has no linear layers to convert besides its LM head")
     chosen = {
-        name: module
-        for name, module in linear.items()
-        if _matches(name, include) and not _matches(name, exclude)
+        name: module for name, module in linear.items() if _matches(name, include) and not _matches(name, exclude)
     }
     if not chosen:
         raise UserError(

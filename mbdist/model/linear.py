@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import nn
+
 from mbdist_kernels import (
     WORD_BITS,
     column_square_sums,
@@ -19,7 +21,6 @@ from mbdist_kernels import (
     scale_gradients_and_signal,
     words_per_row,
 )
-from torch import nn
 
 _GRADIENT_CHUNK_BYTES = 16 << 20  # rows of G computed at a time: stays in a GPU's L2, bounded for any matrix
 

@@ -21,6 +21,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
+
+from mbdist.comm.codecs import CODECS
+from mbdist.comm.communicator import Communicator
+from mbdist.comm.flip_exchange import PlaneStore
+from mbdist.comm.partition import WordPartition
+from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.model.linear import MultiBooleanLinear
+from mbdist.optim.curvature import Curvature
+from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_level
+from mbdist.optim.schedule import warmup_cosine
 from mbdist_kernels import (
     FIXED_ONE,
     LOTTERY_TICKETS,
@@ -32,16 +42,6 @@ from mbdist_kernels import (
     fold_key,
     select_flips,
 )
-
-from mbdist.comm.codecs import CODECS
-from mbdist.comm.communicator import Communicator
-from mbdist.comm.flip_exchange import PlaneStore
-from mbdist.comm.partition import WordPartition
-from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
-from mbdist.model.linear import MultiBooleanLinear
-from mbdist.optim.curvature import Curvature
-from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_level
-from mbdist.optim.schedule import warmup_cosine
 
 _LOTTERY = 1 << 32  # contribution number of the lottery's random bits: no micro-batch has it
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from mbdist_kernels import LEVELS, THRESHOLD
 
 

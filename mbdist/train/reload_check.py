@@ -20,7 +20,9 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int, **sampling) -> 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling = sampling or {"do_sample": False}
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 

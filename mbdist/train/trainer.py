@@ -64,7 +64,9 @@ def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: to
         parameter.requires_grad = bool(matching) or name.endswith((".scale_out", ".scale_in"))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     if unused:
-        names = ", ".join(name for name, p in model.named_parameters() if p.is_floating_point() and "scale_" not in name)
+        names = ", ".join(
+            name for name, p in model.named_parameters() if p.is_floating_point() and "scale_" not in name
+        )
         raise UserError(f"floats.also_train: no parameter matches {', '.join(sorted(unused))}; there are {names[:400]}")
 
 

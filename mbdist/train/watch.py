@@ -89,7 +89,12 @@ class RunWatcher:
                 self.console.print(line, markup=False)
             return
         if self._progress is None:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(TextColumn("training"), *columns, console=self.console)
             self._progress.start()
             self._task = self._progress.add_task("training", total=self._steps, status="")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mbdist_kernels import (
     FIXED_ONE,
     THRESHOLD,

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mbdist_kernels import pack_signs, popcount, unpack_bits, unpack_signs, words_per_row
 
 SHAPES = [(1, 1), (1, 32), (3, 31), (2, 33), (5, 64), (7, 100)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mbdist_kernels import (
     column_square_sums,
     dequantize,
@@ -77,9 +78,7 @@ def test_rows_of_a_chunk_are_views(implementation):
     parts = torch.empty(2, 50), torch.zeros(2, 70)
     for rows in (slice(0, 32), slice(32, 50)):
         views = [plane[rows] for plane in planes]
-        scale_gradients_and_signal(
-            gradient[rows], views, scale_out[:, rows], scale_in, parts[0][:, rows], parts[1]
-        )
+        scale_gradients_and_signal(gradient[rows], views, scale_out[:, rows], scale_in, parts[0][:, rows], parts[1])
     assert torch.equal(whole[0], parts[0])
     torch.testing.assert_close(whole[1], parts[1], rtol=1e-5, atol=1e-5)
 
@@ -90,7 +89,14 @@ def test_a_row_that_is_not_a_number_stays_alone(implementation):
     gradient[7] = torch.nan
     grad_out, signal = torch.zeros(2, 40), torch.zeros(40, 64)
     scale_gradients_and_signal(
-        gradient, planes, scale_out, scale_in, grad_out, torch.zeros(2, 48), (torch.ones(40), torch.ones(48)), signal
+        gradient,
+        planes,
+        scale_out,
+        scale_in,
+        grad_out,
+        torch.zeros(2, 48),
+        (torch.ones(40), torch.ones(48)),
+        signal,
     )
     others = torch.arange(40) != 7
     assert torch.isfinite(grad_out[:, others]).all() and torch.isfinite(signal[others]).all()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from mbdist_kernels import pack_signs, unpack_signs
 
 from mbdist.model import linear
 from mbdist.model.linear import MultiBooleanLinear
+from mbdist_kernels import pack_signs, unpack_signs
 
 
 def random_layer(m, n, num_planes, bias, dtype=torch.float32):
@@ -33,7 +33,12 @@ class RecordingSink:
         return self.row_factor, self.column_factor
 
     def take(self, layer, signal, row_squares, column_squares, tokens):
-        self.signal, self.row_squares, self.column_squares, self.tokens = signal, row_squares, column_squares, tokens
+        self.signal, self.row_squares, self.column_squares, self.tokens = (
+            signal,
+            row_squares,
+            column_squares,
+            tokens,
+        )
 
 
 def dense_oracle(layer, x, grad_y):
@@ -95,9 +100,7 @@ def test_scale_gradient_identities():
     torch.testing.assert_close(
         (layer.scale_out * layer.scale_out.grad).sum(0), (grad_y * y).sum(0), rtol=1e-3, atol=1e-3
     )
-    torch.testing.assert_close(
-        (layer.scale_in * layer.scale_in.grad).sum(0), (x * x.grad).sum(0), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close((layer.scale_in * layer.scale_in.grad).sum(0), (x * x.grad).sum(0), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4096])

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from mbdist_kernels import pack_signs, unpack_signs
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
+from mbdist_kernels import pack_signs, unpack_signs
 
 SHAPES = {"a": (5, 33), "b": (40, 64), "tiny": (1, 3)}  # the last: fewer words than ranks
 CONTRIBUTIONS = 12  # micro-batches of a step over all ranks: divisible by 1, 2, 3 and 4 ranks
@@ -46,7 +46,13 @@ def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
     layers = make_layers()
     ranks = communicator.world_size
     optimizer = BooleanOptimizer(
-        layers, config, CommConfig(codec=codec, in_flight=2), communicator, 2 * steps, CONTRIBUTIONS // ranks, seed=3
+        layers,
+        config,
+        CommConfig(codec=codec, in_flight=2),
+        communicator,
+        2 * steps,
+        CONTRIBUTIONS // ranks,
+        seed=3,
     )
     planes = [plane.layer.planes[1] for plane in optimizer.planes]
     optimizer.store = ReplicatedPlanes(planes, [plane.partition for plane in optimizer.planes], communicator)

@@ -1,9 +1,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mbdist_kernels import LEVELS, THRESHOLD
 
 from mbdist.optim.flip_cap import add_lottery, cut_by_level
+from mbdist_kernels import LEVELS, THRESHOLD
 
 COUNTS = st.lists(st.integers(0, 50), min_size=LEVELS, max_size=LEVELS)
 

@@ -1,0 +1,193 @@
+"""``mbdist bench train``: a Boolean finetuning step beside the same model's dense bf16 step, in one run on one machine.
+
+Both train with the same teacher, batch, loss and DeepSpeed; the dense one is what a user would do without this project:
+bf16 weights, fp32 masters and AdamW moments for every linear weight. Embeddings, norms and head are frozen in both, so the
+state that is counted is that of the linear weights. Each kind runs in a process of its own, so that peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mbdist.config import RunConfig
+
+_WARM_UP_STEPS = 2  # the first builds kernels and measures curvature only
+
+
+def bench_train(config: RunConfig, steps: int, json_file: Path | None) -> dict:
+    """Measure, print a table, write ``json_file`` where given, and return its content."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = config.model_copy(
+            update={
+                "run_dir": scratch,
+                "train": config.train.model_copy(
+                    update={
+                        "steps": _WARM_UP_STEPS + steps,
+                        "micro_batch": config.train.sequences_per_step,
+                        "check_planes_every": 0,
+                    }
+                ),
+                "cluster": config.cluster.model_copy(update={"workers": 1, "zero_stage": 0}),
+                "boolean": config.boolean.model_copy(update={"warmup_fraction": 0.0}),
+            }
+        )
+        console.print(
+            f"{config.model.path}: {steps} steps of each kind, {config.train.sequences_per_step} sequences of "
+            f"{config.data.window} tokens"
+        )
+        ours = _in_own_process(_measure_boolean, config)
+        dense = _in_own_process(_measure_dense, config)
+    result = {
+        "step_time_ratio": round(ours["step_s"] / dense["step_s"], 3),
+        "state_bytes_per_weight": {
+            "ours": round(ours["state_bytes_per_weight"], 3),
+            "dense": round(dense["state_bytes_per_weight"], 3),
+        },
+        "peak_rss_ratio": round(ours["peak_rss"] / dense["peak_rss"], 3),
+        "planes": config.convert.planes,
+        "tokens_per_step": config.train.sequences_per_step * config.data.window,
+        "steps": steps,
+        "device": ours["device"],
+        "versions": ours["versions"],
+    }
+    table = Table("", "multi-Boolean", "dense bf16 + AdamW", "ratio")
+    table.add_row(
+        "step, s (median)",
+        f"{ours['step_s']:.2f}",
+        f"{dense['step_s']:.2f}",
+        f"{result['step_time_ratio']:.2f}",
+    )
+    ours_bytes, dense_bytes = result["state_bytes_per_weight"].values()
+    table.add_row(
+        "state, bytes a linear weight",
+        f"{ours_bytes:.2f}",
+        f"{dense_bytes:.2f}",
+        f"{ours_bytes / dense_bytes:.3f}",
+    )
+    table.add_row(
+        "process peak, GiB (teacher, activations and logits included)",
+        f"{ours['peak_rss'] / 2**30:.2f}",
+        f"{dense['peak_rss'] / 2**30:.2f}",
+        f"{result['peak_rss_ratio']:.2f}",
+    )
+    console.print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _in_own_process(measure, config: RunConfig) -> dict:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(measure, config, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise RuntimeError(f"{measure.__name__} failed; its output is above") from None
+    finally:
+        process.join()
+
+
+def _report(measure, config: RunConfig, send) -> None:
+    result = measure(config)
+    result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    send.send(result)
+
+
+def _timed_steps(step, total: int) -> float:
+    """Median seconds of the steps after the warm-up."""
+    seconds = []
+    for number in range(total):
+        started = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[_WARM_UP_STEPS:])
+
+
+def _trainer(config: RunConfig):
+    from mbdist.comm.communicator import Communicator
+    from mbdist.train.environment import set_up_worker
+    from mbdist.train.metrics import MetricsWriter
+    from mbdist.train.prepare import prepare
+    from mbdist.train.trainer import Trainer
+
+    device = set_up_worker(config)
+    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
+    prepare(config, metrics)
+    return Trainer(config, device, Communicator(config.comm.timeout_s), metrics)
+
+
+def _measure_boolean(config: RunConfig) -> dict:
+    import importlib.metadata
+
+    trainer = _trainer(config)
+    trainer.engine.module.train()
+    step_s = _timed_steps(trainer._step, config.train.steps)
+    memory = trainer.memory_bytes()
+    gradients = sum(p.nbytes for p in trainer.engine.module.parameters() if p.requires_grad)
+    state = gradients + sum(
+        memory[name] for name in ("planes", "trained_floats_and_moments", "accumulators", "curvature")
+    )
+    weights = sum(plane.layer.num_weights for plane in trainer.boolean.planes)
+    versions = {name: importlib.metadata.version(name) for name in ("mbdist", "torch", "deepspeed", "transformers")}
+    return {
+        "step_s": step_s,
+        "state_bytes_per_weight": state / weights,
+        "device": str(trainer.device),
+        "versions": versions,
+    }
+
+
+def _measure_dense(config: RunConfig) -> dict:
+    """The same trainer's data, teacher and loss around a dense student under DeepSpeed bf16."""
+    import torch
+
+    from mbdist.comm.communicator import Communicator
+    from mbdist.data import Batches, load_corpus
+    from mbdist.engine.dense import DenseEngine
+    from mbdist.model.layers import convertible_layers
+    from mbdist.model.loading import load_model, load_tokenizer
+    from mbdist.train.environment import compute_dtype, set_up_worker
+    from mbdist.train.loss import distillation_loss, divisor
+    from mbdist.train.prepare import teacher_source
+
+    device = set_up_worker(config)
+    Communicator(config.comm.timeout_s)
+    dtype = compute_dtype(config.train.precision, device)
+    student = load_model(config.model).to(device).requires_grad_(False)
+    linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
+    for layer in linear:
+        layer.requires_grad_(True)
+    source = teacher_source(config)
+    teacher = load_model(source, dtype).to(device) if source is not None else None
+    engine = DenseEngine(student, config)
+    corpus = load_corpus(config.data, load_tokenizer(config.model))
+    batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
+
+    def step(number: int) -> None:
+        batch = batches.micro_batch_at(number, 0)
+        ids, learned = batch.input_ids.to(device), batch.learned.to(device)
+        with torch.no_grad():
+            taught = teacher(input_ids=ids, use_cache=False).logits if teacher is not None else None
+        logits = engine.forward(input_ids=ids, use_cache=False).logits
+        terms = distillation_loss(logits, taught, ids, learned, config.loss)
+        targets = divisor(config.loss, int(learned[:, 1:].sum()), len(ids))
+        engine.backward(terms.total / targets)
+        engine.step()
+
+    engine.engine.module.train()
+    step_s = _timed_steps(step, config.train.steps)
+    weights = sum(layer.weight.numel() for layer in linear)
+    return {"step_s": step_s, "state_bytes_per_weight": engine.state_bytes() / weights}

@@ -1,0 +1,44 @@
+"""The baseline of the benchmarks: dense bf16 weights under DeepSpeed with fp32 masters and AdamW."""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+from torch import nn
+
+from mbdist.config.schema import RunConfig
+from mbdist.engine.deepspeed_config import deepspeed_config
+
+
+class DenseEngine:
+    """DeepSpeed's own bf16 training of the parameters that require gradients."""
+
+    def __init__(self, student: nn.Module, config: RunConfig):
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        floats = config.floats
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, foreach=True
+        )
+        settings = deepspeed_config(config)
+        settings["bf16"] = {"enabled": True}
+        settings["zero_optimization"]["stage"] = max(1, config.cluster.zero_stage)  # bf16 masters need ZeRO
+        self.engine, *_ = deepspeed.initialize(model=student, optimizer=self.optimizer, config=settings)
+
+    def forward(self, **inputs):
+        return self.engine(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def state_bytes(self) -> int:
+        """bf16 weights and gradients, fp32 masters and moments of what is trained."""
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        kept = {id(p): 2 * p.nbytes for p in trained}  # weight and gradient
+        for group in self.optimizer.param_groups:
+            kept.update({id(parameter): parameter.nbytes for parameter in group["params"]})
+        for state in self.optimizer.state.values():
+            kept.update({id(value): value.nbytes for value in state.values() if torch.is_tensor(value)})
+        return sum(kept.values())
