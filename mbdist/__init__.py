@@ -1,7 +1,8 @@
 """mbdist: distributed finetuning of multi-Boolean language models.
 
-``import mbdist`` makes transformers able to load a multi-Boolean model folder with ``from_pretrained``. Nothing heavy is
-imported before transformers itself is: validating a config or submitting a job works where torch is slow to load.
+``import mbdist`` makes transformers able to load a multi-Boolean model folder with ``from_pretrained``. Nothing
+heavy is imported before transformers itself is: validating a config or submitting a job works where torch is slow to
+load.
 """
 
 import wrapt

@@ -5,8 +5,8 @@ With G = dL/dW_hat (m x n) of a linear layer (arXiv 2505.22811, section 4):
     dL/ds_out_k = (G * B_k) s_in_k          dL/ds_in_k = (G * B_k)^T s_out_k          for every plane k
     signal      = G * outer(row_factor, column_factor)                                 for the trained plane
 
-``row_factor = s_out_t, column_factor = s_in_t`` gives the Boolean variation signal q = dL/dB_t of the paper; the curvature-
-normalised signal q / (s^2 h) is another choice of the same two vectors, because s and h are rank-1.
+``row_factor = s_out_t, column_factor = s_in_t`` gives the Boolean variation signal q = dL/dB_t of the paper; the
+curvature-normalised signal q / (s^2 h) is another choice of the same two vectors, because s and h are rank-1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def scale_gradients_and_signal(
         signed = dense * unpack_signs(plane, n, dense.dtype)
         grad_scale_out[k] = signed @ scale_in[k]
         grad_scale_in[k] += scale_out[k] @ signed
-    if signal is not None:
+    if signal is not None and factors is not None:
         row_factor, column_factor = factors
         signal[:, :n] = dense * row_factor[:, None] * column_factor
         if n < words_per_row(n) * 32:

@@ -15,6 +15,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,8 +58,8 @@ def _openmp_flags() -> list[str]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled accelerator, or None where it is switched off or cannot be built."""
+def library() -> Any:
+    """The compiled accelerator (a ``ctypes.CDLL``), or None where it is switched off or cannot be built."""
     if os.environ.get("MBDIST_NATIVE", "1") == "0":
         return None
     from torch.utils import cpp_extension
@@ -84,7 +85,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """True where the accelerator is at hand and takes these tensors (contiguous rows on the CPU, fp32, bf16 or int8)."""
+    """True where the accelerator is at hand and takes these tensors: on the CPU, rows contiguous, fp32, bf16, int8."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16, torch.int8):
             return False

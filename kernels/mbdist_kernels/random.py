@@ -1,7 +1,8 @@
 """Counter-based random bits: a pure integer function of (key, element), the same on every device and for any sharding.
 
-``lowbias32`` (Wellons' measured low-bias 32-bit finaliser) of ``index * golden + key``. One hash serves two neighbouring
-elements, 15 bits each. The key folds seed, step, contribution and matrix together on the host (:func:`fold_key`).
+``lowbias32`` (Wellons' measured low-bias 32-bit finaliser) of ``index * golden + key``. One hash serves two
+neighbouring elements, 15 bits each. The key folds seed, step, contribution and matrix together on the host
+(:func:`fold_key`).
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _worker(settings: dict) -> None:
 def _cause(error: Exception, config: RunConfig) -> Exception:
     """The worker's own exception where it is the user's to mend, else one that says where to look."""
     failures = getattr(error, "worker_failures", {})
-    for rank, failure in sorted(failures.items()):
+    for failure in failures.values():
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, UserError):
             return UserError(str(cause))

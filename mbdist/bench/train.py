@@ -1,8 +1,9 @@
 """``mbdist bench train``: a Boolean finetuning step beside the same model's dense bf16 step, in one run on one machine.
 
 Both train with the same teacher, batch, loss and DeepSpeed; the dense one is what a user would do without this project:
-bf16 weights, fp32 masters and AdamW moments for every linear weight. Embeddings, norms and head are frozen in both, so the
-state that is counted is that of the linear weights. Each kind runs in a process of its own, so that peak memory is its own.
+bf16 weights, fp32 masters and AdamW moments for every linear weight. Embeddings, norms and head are frozen in both,
+so the state that is counted is that of the linear weights. Each kind runs in a process of its own, so that peak
+memory is its own.
 """
 
 from __future__ import annotations

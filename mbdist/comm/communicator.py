@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 
 class Communicator:
-    """Collectives over all data-parallel ranks. ``bytes_sent[phase]`` counts what this rank's payload costs on the wire:
-    what leaves it for other ranks, by the ring or pairwise algorithm's minimum."""
+    """Collectives over all data-parallel ranks. ``bytes_sent[phase]`` counts what this rank's payload costs on the
+    wire: what leaves it for other ranks, by the ring or pairwise algorithm's minimum."""
 
     def __init__(self, timeout_s: float = 600):
         self.distributed = dist.is_available() and dist.is_initialized()

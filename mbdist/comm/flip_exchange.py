@@ -53,7 +53,7 @@ class ReplicatedPlanes:
             plane.data.view(-1).bitwise_xor_(part.reshape(-1)[: partition.num_words])
 
     def check_replicas(self, names: Sequence[str]) -> str | None:
-        digests = [hashlib.sha256(plane.data.cpu().numpy()).digest()[:8] for plane in self.planes]
+        digests = [hashlib.sha256(plane.data.cpu().numpy().tobytes()).digest()[:8] for plane in self.planes]
         local = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).to(self.planes[0].device)
         everywhere = self.communicator.all_gather(local, "plane_check")
         differs = (everywhere != everywhere[0]).any(0).nonzero().flatten().tolist()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -75,9 +76,9 @@ def _apply_overrides(settings: dict, overrides: Sequence[str]) -> dict:
     return settings
 
 
-def _explain(problem: dict) -> list[str]:
+def _explain(problem: Mapping[str, Any]) -> list[str]:
     """A pydantic error as lines a user can act on: key path, what is allowed, the value given."""
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in _without_tags(problem["loc"]))
     if problem["type"] == "extra_forbidden":
         allowed = _keys_at(problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
@@ -88,6 +89,15 @@ def _explain(problem: dict) -> list[str]:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]).splitlines()
     return [f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"]
+
+
+def _without_tags(location: Sequence[str | int]) -> list[str | int]:
+    """A pydantic location as the path a user wrote: the tag of a discriminated union is not part of it."""
+    return [
+        part
+        for i, part in enumerate(location)
+        if isinstance(part, int) or part in _keys_at(location[:i]) or i + 1 == len(location)
+    ]
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:

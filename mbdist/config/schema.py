@@ -232,9 +232,9 @@ class RunConfig(_Section):
             )
         if self.loss.teacher == "none" and self.loss.hidden != "none":
             problems.append(f"loss.hidden = {self.loss.hidden} needs a teacher: set loss.teacher to float")
-        if self.loss.teacher == "float" and self.loss.kl_weight == 0 == self.loss.cross_entropy_weight:
-            if self.loss.hidden == "none":
-                problems.append("loss: every weight is 0: give loss.kl_weight or loss.cross_entropy_weight a value")
+        idle = self.loss.kl_weight == 0 == self.loss.cross_entropy_weight and self.loss.hidden == "none"
+        if self.loss.teacher == "float" and idle:
+            problems.append("loss: every weight is 0: give loss.kl_weight or loss.cross_entropy_weight a value")
         if problems:
             raise ValueError("\n".join(problems))
         return self

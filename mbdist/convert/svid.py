@@ -1,7 +1,7 @@
 """Successive extraction of planes, from the weights alone (arXiv 2505.22811, section 3; SVID: arXiv 2402.11295).
 
-Plane k is the sign-value decomposition of what planes 0 .. k-1 leave: B = sign(R), and the best rank-1 approximation of |R|
-for the scales. |R| is not negative, so its leading singular vectors are not either (Perron-Frobenius).
+Plane k is the sign-value decomposition of what planes 0 .. k-1 leave: B = sign(R), and the best rank-1 approximation
+of |R| for the scales. |R| is not negative, so its leading singular vectors are not either (Perron-Frobenius).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The order of the data: a function of the seed and the global sample number alone, not of the workers.
 
-Sample s of the run is window ``permutation(epoch)[s mod N]`` with epoch = s div N. Step t uses samples [t B, (t + 1) B);
-contribution g of it (micro-batch a of rank r, g = a R + r) the next ``micro_batch`` of them, so the same global batch is
-cut the same way for any number of workers.
+Sample s of the run is window ``permutation(epoch)[s mod N]`` with epoch = s div N. Step t uses samples t B to
+t B + B - 1; contribution g of it (micro-batch a of rank r, g = a R + r) the next ``micro_batch`` of them, so the same
+global batch is cut the same way for any number of workers.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def _read(source: DataSource) -> list[Document]:
 def _field(source: RecordsSource | HubSource, load) -> list[Document]:
     try:
         records = load()
-    except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors derive from these
-        raise UserError(f"cannot read {_describe(source)}: {error}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"cannot read {_describe(source)}: {error.__cause__ or error}") from error
     field = source.messages_field or source.text_field
     if field not in records.column_names:
         raise UserError(f"{_describe(source)} has no field {field!r}; its fields: {', '.join(records.column_names)}")

@@ -2,8 +2,8 @@
 
     W_hat = sum_k B_k * outer(s_out_k, s_in_k),     y = x W_hat^T + b          (arXiv 2505.22811, eq. 4)
 
-The dense weight exists only inside this layer's forward and backward, in a buffer that all layers share. Nothing of it is
-saved for backward: the planes are unpacked again there, which is cheaper than the memory.
+The dense weight exists only inside this layer's forward and backward, in a buffer that all layers share. Nothing of
+it is saved for backward: the planes are unpacked again there, which is cheaper than the memory.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class MultiBooleanLinear(nn.Module):
     """Drop-in for ``nn.Linear``: parameters ``plane_0 .. plane_{K-1}`` (m, W) int32, ``scale_out`` (K, m) and
     ``scale_in`` (K, n) fp32, and the float ``bias`` (m,) of the original layer.
 
-    Planes are separate frozen parameters, never one stacked tensor: ZeRO-3 cuts every parameter flat over the ranks, and
-    a stack would put the whole trained plane on the last of them.
+    Planes are separate frozen parameters, never one stacked tensor: ZeRO-3 cuts every parameter flat over the ranks,
+    and a stack would put the whole trained plane on the last of them.
     """
 
     def __init__(

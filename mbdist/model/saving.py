@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mbdist.errors import UserError
@@ -34,14 +35,9 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         beside.rename(target)
         _fsync(target.parent)
         shutil.rmtree(retired, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
         kept = "; the previous save is unharmed" if target.exists() else ""
-        raise UserError(f"cannot save to {target}: {error.strerror or error}{kept}") from error
-    except Exception as error:  # safetensors wraps "no space left" in an error class of its own
-        if "No space left" not in str(error) and "os error 28" not in str(error).lower():
-            raise
-        kept = "; the previous save is unharmed" if target.exists() else ""
-        raise UserError(f"cannot save to {target}: no space left on the disk{kept}") from error
+        raise UserError(f"cannot save to {target}: {getattr(error, 'strerror', None) or error}{kept}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

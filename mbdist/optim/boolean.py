@@ -2,12 +2,12 @@
 
 Phases of a step, for every trained plane (one a layer), R ranks, A micro-batches a rank:
 
-1. *Backward* hands over the signal of a layer (``take``): G * outer(row_factor, column_factor), fp32, once a micro-batch.
+1. *Backward* hands over the signal of a layer once a micro-batch (``take``): G * outer(row_factor, column_factor).
 2. *Reduce*: the signal is cut flat into R segments, aligned with the ownership of the plane's words (padded to whole
    parts); an all-to-all brings each owner its segment from every rank, and the owner adds the R contributions into its
    int8 accumulators in rank order. No sum of floats crosses ranks, so the result does not depend on the sharding:
-   contribution g = a R + r counts in the order of g and is rounded with random bits of (seed, step, g, matrix, element).
-3. *Decide* (``step``): each owner counts its flip candidates; the counts, summed over ranks, give the cut that holds the
+   contribution g = a R + r counts in the order of g, rounded with random bits of (seed, step, g, matrix, element).
+3. *Decide* (``step``): each owner counts its flip candidates; their sum over ranks gives the cut that holds the
    cap of flips; the owner flips what lies above it and resets those accumulators.
 4. *Exchange*: the masks reach every copy of the plane (``PlaneStore.apply``).
 

@@ -1,8 +1,9 @@
 """Factored curvature of every trained matrix, and the vectors that turn a weight gradient into the signal.
 
-h_ij = (sum_t dY_ti^2) (sum_t X_tj^2), the factored diagonal of the Gauss-Newton matrix for a loss averaged over tokens: m + n
-floats a matrix. A flip of bit ij changes the loss by -2 B q + 2 s^2 h to second order (s = s_out_i s_in_j), so it pays where
-B q / (s^2 h) > 1. Both q and s^2 h are rank-1 scalings of G, so the whole normalisation is two vectors.
+h_ij = (sum_t dY_ti^2) (sum_t X_tj^2), the factored diagonal of the Gauss-Newton matrix for a loss averaged over
+tokens: m + n floats a matrix. A flip of bit ij changes the loss by -2 B q + 2 s^2 h to second order (s = s_out_i
+s_in_j), so it pays where B q / (s^2 h) > 1. Both q and s^2 h are rank-1 scalings of G, so the whole normalisation is
+two vectors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where to cut the candidates of a matrix so that at most ``cap`` bits flip: exact, and the same on every rank.
 
 Candidates are ranked by accumulator level (64 .. 127). The cut is the lowest level that the cap admits whole; if the
-level below it would overshoot, a lottery among its candidates (tickets drawn by counter-based random bits) fills up what
-is left. Everything is integer counts summed over ranks, so all ranks compute the same cut.
+level below it would overshoot, a lottery among its candidates (tickets drawn by counter-based random bits) fills up
+what is left. Everything is integer counts summed over ranks, so all ranks compute the same cut.
 """
 
 from __future__ import annotations

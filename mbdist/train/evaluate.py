@@ -24,7 +24,7 @@ def perplexity(
     because a gather of partitioned weights needs everyone."""
     ranks = communicator.world_size
     mine = list(range(communicator.rank, len(windows), ranks))
-    passes = -(-(-(-len(windows) // ranks)) // batch_size)
+    passes = math.ceil(math.ceil(len(windows) / ranks) / batch_size)
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
     for i in range(passes):
         numbers = mine[i * batch_size : (i + 1) * batch_size]

@@ -1,4 +1,4 @@
-"""Distillation loss: KL(teacher || student), optional cross-entropy and hidden-state terms (arXiv 2505.22811, section 4).
+"""Distillation loss: KL(teacher || student), cross-entropy, hidden-state terms (arXiv 2505.22811, section 4).
 
 A vocabulary has tens of thousands of entries, so [tokens, vocabulary] in fp32 is the largest tensor of a small model's
 step. The token-wise terms and their gradient are computed together, a few rows at a time that stay in cache; only the

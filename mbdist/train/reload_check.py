@@ -1,4 +1,4 @@
-"""Loads a finished model in a process of its own and says what it holds: ``python -m mbdist.train.reload_check FOLDER``.
+"""Loads a finished model in a new process and says what it holds: ``python -m mbdist.train.reload_check FOLDER``.
 
 Prints one JSON object: planes_sha256, and the continuation of a prompt where one is given.
 """

@@ -177,15 +177,15 @@ class Trainer:
             self._log_step(step, report, losses, time.perf_counter() - started)
             if skipped >= self.config.train.max_skipped_steps:
                 raise UserError(
-                    f"{skipped} steps in a row had a loss or a signal that is not finite; the run stops at step {step}. "
-                    "Lower floats.lr or boolean.max_flip_rate, or use train.precision=fp32"
+                    f"{skipped} steps in a row had a loss or a signal that is not finite; the run stops at step "
+                    f"{step}. Lower floats.lr or boolean.max_flip_rate, or use train.precision=fp32"
                 )
             every = self.config.train.check_planes_every
             if every and (step + 1) % every == 0:
                 self._check_replicas(step)
 
     def _step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
-        """One optimizer step; the report is None where the step was skipped. Losses: sums of (total, kl, ce), targets."""
+        """One optimizer step: (report, or None where it was skipped; mean loss, kl, cross-entropy, and targets)."""
         config, ranks = self.config, self.communicator.world_size
         micro_batches = [self.batches.micro_batch_at(step, a) for a in range(config.accumulation)]
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)

@@ -91,7 +91,7 @@ def test_matches_autograd_in_float64(implementation, shape, num_planes, bias, le
 
 
 def test_scale_gradient_identities():
-    """sum_k s_out_k ds_out_k = sum_t dY*Y by row, and the same by column for s_in and X (method of the paper, section 4)."""
+    """sum_k s_out_k ds_out_k = sum_t dY*Y by row, and the same by column for s_in and X."""
     layer = random_layer(40, 72, 3, bias=False)
     x = torch.randn(16, 72, requires_grad=True)
     grad_y = torch.randn(16, 40)

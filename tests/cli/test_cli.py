@@ -1,0 +1,125 @@
+"""The real command, as a user types it."""
+
+import json
+import subprocess
+
+import models
+import pytest
+import torch
+
+from mbdist.model.loading import ModelConfig, load_model
+
+
+def mbdist(*arguments, check=True, cwd=None):
+    done = subprocess.run(["mbdist", *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=cwd)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert done.returncode == 2, (done.returncode, done.stderr[-3000:])
+        assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, llama_folder):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    done = mbdist("convert", llama_folder, folder, "--planes", 3)
+    return folder, done
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["convert", "train", "eval", "generate", "launch local", "config schema", "config check", "env", "bench train"],
+)
+def test_help_has_an_example(verb):
+    assert f"mbdist {verb}" in mbdist(*verb.split(), "--help").stdout.split("Example:")[1] or verb == "train"
+
+
+def test_convert_prints_errors_and_bits(converted):
+    output = converted[1].stdout
+    assert "14 layers" in output and "bits a weight" in output and "mean relative error" in output
+    assert (converted[0] / "tokenizer.json").exists()
+
+
+def test_eval_prints_json_that_agrees_with_transformers(converted, tmp_path, llama_folder, tokenizer):
+    text = tmp_path / "text.txt"
+    text.write_text("The value of a name is an object. " * 60)
+    options = ["--text", text, "--window", 32, "--batch", 3, "--precision", "fp32", "--max-windows", 7]
+    for folder in (converted[0], llama_folder):
+        found = json.loads(mbdist("eval", folder, *options).stdout)
+        ids = torch.tensor(tokenizer(text.read_text())["input_ids"][: 7 * 32]).view(7, 32)
+        with torch.no_grad():
+            loss = load_model(ModelConfig(path=str(folder)))(ids, labels=ids).loss
+        assert found["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+        assert ("bits_per_weight" in found) == (folder == converted[0])
+
+
+def test_generate(converted):
+    output = mbdist("generate", converted[0], "--prompt", "The value", "--max-new-tokens", 4).stdout
+    assert output.startswith("The value") and len(output.strip()) > len("The value")
+    mbdist("generate", converted[0], "--prompt", "Hi", "--chat", "--temperature", 0.8, "--max-new-tokens", 4)
+
+
+def test_env_and_schema_are_json():
+    assert json.loads(mbdist("env").stdout)["versions"]["deepspeed"]
+    assert "properties" in json.loads(mbdist("config", "schema").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "nowhere", "out"], "cannot load the model nowhere"),
+        (["convert", "package:no_such_package", "out"], "no Python package no_such_package"),
+        (["convert", "{model}", "out", "--include", "x"], "no linear layer is left"),
+        (["convert", "{model}", "out", "--init", "magic"], "there is svid"),
+        (["convert", "{converted}", "out"], "is multi-Boolean already"),
+        (["convert", "{model}", "{model}"], "is not an empty folder"),
+        (["convert", "{model}", "out", "--planes", "99"], "less than or equal to 8"),
+        (["eval", "{model}"], "name what to measure on"),
+        (["eval", "{model}", "--window", "32", "--text", "none.txt"], "no file matches"),
+        (["eval", "{model}", "--python-docs", "--window", "4096"], "longer than the model's context"),
+        (["eval", "{model}", "--python-docs", "--device", "tpu"], "there is auto, cpu, cuda"),
+        (["generate", "nowhere", "--prompt", "x"], "cannot load the model nowhere"),
+        (["train", "none.yaml"], "cannot read the config none.yaml"),
+        (["launch", "local", "none.yaml"], "cannot read the config none.yaml"),
+        (["config", "check", "none.yaml"], "cannot read the config none.yaml"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(tmp_path, llama_folder, converted, arguments, message):
+    places = {"model": llama_folder, "converted": converted[0]}
+    done = mbdist(*[argument.format(**places) for argument in arguments], check=False, cwd=tmp_path)
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_in_one_process_names_the_ways_to_start_several(tmp_path, llama_folder):
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(models.run_settings(tmp_path / "run", llama_folder, cluster={"workers": 2})))
+    message = mbdist("train", path, check=False).stderr
+    assert "mbdist launch local" in message and "torchrun --nproc-per-node 2" in message
+
+
+def test_a_full_disk_leaves_the_previous_save_whole(tmp_path, llama_folder):
+    """A real full disk: a file size limit makes the kernel refuse the write of the weights."""
+    target = tmp_path / "model"
+    mbdist("convert", llama_folder, target)
+    before = (target / "model.safetensors").read_bytes()
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import mbdist; from pathlib import Path;"
+        "from mbdist.config.schema import ModelConfig; from mbdist.model.loading import load_model;"
+        "from mbdist.model.saving import save_model; from mbdist.errors import UserError;"
+        f"model = load_model(ModelConfig(path={str(target)!r}));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));\n"
+        f"try: save_model(model, None, Path({str(target)!r}))\n"
+        "except UserError as error: print(error); sys.exit(2)"
+    )
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "cannot save to" in done.stdout and "previous save is unharmed" in done.stdout
+    assert (target / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from mbdist.config.schema import LossConfig
+from mbdist.train import loss as loss_module
+from mbdist.train.loss import distillation_loss, divisor
+
+
+def example(vocabulary=50):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(2, 9, vocabulary, generator=generator, dtype=torch.float32) * 3
+    teacher = torch.randn(2, 9, vocabulary, generator=generator) * 3
+    ids = torch.randint(0, vocabulary, (2, 9), generator=generator)
+    learned = torch.rand(2, 9, generator=generator) < 0.7
+    return student, teacher, ids, learned
+
+
+def oracle(student, teacher, ids, learned, config):
+    """The same in float64 with autograd."""
+    student = student.double().requires_grad_()
+    mask = learned[:, 1:].reshape(-1)
+    s = student[:, :-1].reshape(-1, student.shape[-1])[mask]
+    t = teacher.double()[:, :-1].reshape(-1, student.shape[-1])[mask]
+    targets = ids[:, 1:].reshape(-1)[mask]
+    tau = config.temperature
+    kl = tau**2 * torch.nn.functional.kl_div(
+        (s / tau).log_softmax(-1), (t / tau).log_softmax(-1), log_target=True, reduction="sum"
+    )
+    ce = torch.nn.functional.cross_entropy(s, targets, reduction="sum")
+    total = config.kl_weight * kl + config.cross_entropy_weight * ce
+    total.backward()
+    return total, kl, ce, student.grad
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 600])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(),
+        LossConfig(temperature=2.0, kl_weight=0.7),
+        LossConfig(cross_entropy_weight=0.3),
+        LossConfig(kl_weight=0.0, cross_entropy_weight=1.0),
+    ],
+)
+def test_matches_float64_autograd(monkeypatch, config, chunk_bytes):
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", chunk_bytes)
+    student, teacher, ids, learned = example()
+    student.requires_grad_()
+    terms = distillation_loss(student, teacher, ids, learned, config)
+    terms.total.backward()
+    total, kl, ce, grad = oracle(student.detach(), teacher, ids, learned, config)
+    torch.testing.assert_close(terms.total.double(), total, rtol=1e-5, atol=1e-5)
+    assert terms.kl == pytest.approx(kl.item(), rel=1e-5) and terms.cross_entropy == pytest.approx(ce.item(), rel=1e-5)
+    torch.testing.assert_close(student.grad.double(), grad, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_teacher_the_loss_is_cross_entropy():
+    student, _, ids, learned = example()
+    terms = distillation_loss(student, None, ids, learned, LossConfig(teacher="none"))
+    assert terms.total.item() == pytest.approx(terms.cross_entropy, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mse", "normalised"])
+def test_hidden_term(kind):
+    student, teacher, ids, learned = example()
+    hidden = tuple(torch.randn(2, 9, 12) for _ in range(3))
+    other = tuple(torch.randn(2, 9, 12) for _ in range(3))
+    config = LossConfig(hidden=kind, hidden_weight=2.0)
+    plain = distillation_loss(student, teacher, ids, learned, LossConfig()).total
+    same = distillation_loss(student, teacher, ids, learned, config, hidden, hidden).total
+    apart = distillation_loss(student, teacher, ids, learned, config, hidden, other).total
+    mask = learned[:, 1:]
+    expected = 0.0
+    for s, t in zip(hidden, other, strict=True):
+        s, t = s[:, :-1][mask], t[:, :-1][mask]
+        if kind == "mse":
+            expected += (s - t).square().mean(-1).sum()
+        else:
+            expected += (s / s.norm(dim=-1, keepdim=True) - t / t.norm(dim=-1, keepdim=True)).square().sum()
+    torch.testing.assert_close(same, plain)
+    torch.testing.assert_close(apart - plain, 2.0 * expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_divisor():
+    assert divisor(LossConfig(), targets=100, sequences=4) == 100
+    assert divisor(LossConfig(kl_reduction="batchmean"), targets=100, sequences=4) == 4

@@ -1,0 +1,162 @@
+"""Whole runs in one process on a small real model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mbdist.cli.main import app
+from mbdist.config import parse_config
+from mbdist.errors import UserError
+from mbdist.train.metrics import read_metrics
+from mbdist_kernels import unpack_signs
+
+
+def run_in_process(settings, tmp_path, check=True):
+    """A run as ``mbdist train`` starts it, in a process of its own: DeepSpeed and process groups are process-wide."""
+    import yaml
+
+    path = tmp_path / f"{Path(settings['run_dir']).name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def planes_of(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: p.data for name, p in model.named_parameters() if ".plane_" in name}, model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, llama_folder):
+    """A short run, finished; most tests below look at what it left."""
+    folder = tmp_path_factory.mktemp("train")
+    settings = models.run_settings(folder / "run", llama_folder, sample_prompt="The")
+    settings["train"]["steps"] = 12
+    done = run_in_process(settings, folder)
+    return folder / "run", done
+
+
+@pytest.mark.slow
+def test_summary_says_what_was_asked(finished):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert summary["planes"] == 2 and summary["world_size"] == 1 and summary["zero_stage"] == 2
+    assert set(summary["perplexity"]) == {"float", "converted", "finetuned"}
+    assert summary["planes_sha256"]["saved"] == summary["planes_sha256"]["reloaded"]
+    assert summary["generated"].startswith("The") and len(summary["generated"]) > 3
+    assert 2 < summary["bits_per_weight"] < 5 and summary["wall_s"] > 0
+    assert summary["perplexity"]["finetuned"] < summary["perplexity"]["converted"]
+
+
+@pytest.mark.slow
+def test_only_the_last_plane_moves_and_by_what_the_log_says(finished):
+    run_dir, _ = finished
+    before, _ = planes_of(run_dir / "converted")
+    after, _ = planes_of(run_dir / "model")
+    flips = {}
+    for record in read_metrics(run_dir / "metrics.jsonl"):
+        if record["event"] == "step":
+            for name, count in record["flips"].items():
+                flips.setdefault(name, []).append(count)
+    assert sum(map(sum, flips.values())) > 0, "the run must flip bits"
+    for name, words in before.items():
+        changed = int((unpack_signs(words, 96) != unpack_signs(after[name], 96)).sum())
+        layer, plane = name.rsplit(".plane_", 1)
+        if plane == "0":
+            assert changed == 0, name
+        else:
+            total = sum(flips[layer])
+            assert changed <= total and (total - changed) % 2 == 0, name  # a bit may flip back
+
+
+@pytest.mark.slow
+def test_metrics_have_everything_a_user_watches(finished):
+    records = [r for r in read_metrics(finished[0] / "metrics.jsonl") if r["event"] == "step"]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for key in ("loss", "kl", "learning_rate", "flip_rate", "flips", "tokens_per_s", "memory", "bytes_sent"):
+        assert key in records[-1]
+    assert {"planes", "accumulators", "teacher", "process"} <= set(records[-1]["memory"])
+    assert all(record["flip_rate"] <= record["flip_cap"] for record in records)
+    assert (finished[0] / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_same_run_gives_the_same_bits(finished, tmp_path, llama_folder):
+    settings = models.run_settings(tmp_path / "again", llama_folder)
+    settings["train"]["steps"] = 12
+    run_in_process(settings, tmp_path)
+    first, again = planes_of(finished[0] / "model")[0], planes_of(tmp_path / "again/model")[0]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"activation_checkpointing": True}},
+        {"loss": {"teacher": "none"}},
+        {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
+        {"floats": {"also_train": ["*norm*"]}, "train": {"precision": "bf16"}},
+        {"boolean": {"signal": "raw"}, "comm": {"codec": "bf16"}},
+    ],
+    ids=["checkpointing", "no teacher", "hidden states", "norms in bf16", "raw rule"],
+)
+def test_variants_run_and_learn(tmp_path, llama_folder, changes):
+    settings = models.run_settings(tmp_path / "run", llama_folder)
+    for section, values in changes.items():
+        settings[section] = {**settings.get(section, {}), **values}
+    run_in_process(settings, tmp_path)
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if r["event"] == "step"]
+    assert len(losses) == 4 and all(loss == loss and loss > 0 for loss in losses)
+
+
+@pytest.mark.slow
+def test_finetuning_goes_on_from_a_multi_boolean_model(finished, tmp_path, llama_folder):
+    settings = models.run_settings(tmp_path / "run", finished[0] / "model", train={"steps": 2})
+    refused = run_in_process(settings, tmp_path, check=False)
+    assert refused.returncode == 2 and "loss.teacher_model.path" in refused.stderr
+    settings["loss"] = {"teacher_model": {"path": str(llama_folder)}}
+    run_in_process(settings, tmp_path)
+    assert not (tmp_path / "run/converted").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"window": 256}}, "data.window = 256 is longer than the model's context of 128"),
+        ({"model": {"path": "nowhere"}}, "cannot load the model nowhere"),
+        ({"data": {"train": {"type": "text", "paths": ["none.txt"]}}}, "no file matches data path none.txt"),
+        ({"train": {"sequences_per_step": 100_000, "micro_batch": 1}}, "less than the 100000 sequences of one step"),
+        ({"floats": {"also_train": ["*nothing*"]}}, "no parameter matches"),
+        ({"cluster": {"device": "cuda"}}, "torch sees no GPU"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path, llama_folder, changes, message):
+    settings = models.run_settings(tmp_path / "run", llama_folder)
+    for section, values in changes.items():
+        settings[section] = {**settings.get(section, {}), **values}
+    done = run_in_process(settings, tmp_path, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_dir_that_cannot_be_written(tmp_path, llama_folder):
+    from mbdist.train.run_folder import open_run_folder
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to run_dir"):
+        open_run_folder(parse_config(models.run_settings(tmp_path / "file" / "run", llama_folder)))
+
+
+def test_the_command_line_app_has_every_verb():
+    names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    assert {"convert", "train", "eval", "generate", "launch", "config", "env", "bench"} == names

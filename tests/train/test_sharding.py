@@ -1,0 +1,55 @@
+"""Real DeepSpeed on real processes: the planes do not depend on how the run is sharded."""
+
+import subprocess
+import sys
+
+import models
+import pytest
+import yaml
+
+from mbdist.model.hashing import hash_planes
+from mbdist.model.loading import ModelConfig, load_model
+from mbdist.train.metrics import read_metrics
+
+CASES = [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)]
+
+
+def train(tmp_path, model, workers, stage):
+    run_dir = tmp_path / f"{workers}x{stage}"
+    settings = models.run_settings(
+        run_dir,
+        model,
+        cluster={"workers": workers, "zero_stage": stage, "cpus_per_worker": 1},
+        # The sum of the scales' gradients over ranks is DeepSpeed's, in floats, and its order depends on the ranks.
+        # With the scales at rest, everything that decides a flip is reduced in a fixed order.
+        floats={"lr": 0.0},
+        data={"max_eval_windows": 2},
+    )
+    path = tmp_path / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    command = [sys.executable, *torchrun, "-m", "mbdist.cli.main", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "step"]
+    flips = [record["flips"] for record in steps]
+    return hash_planes(load_model(ModelConfig(path=str(run_dir / "model")))), flips, steps
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, llama_folder):
+    return train(tmp_path_factory.mktemp("alone"), llama_folder, 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "stage"), CASES)
+def test_same_planes_for_any_workers_and_stage(tmp_path, llama_folder, alone, workers, stage):
+    digest, flips, steps = train(tmp_path, llama_folder, workers, stage)
+    assert sum(sum(step.values()) for step in alone[1]) > 100, "the run must flip bits"
+    assert flips == alone[1]
+    assert digest == alone[0]
+    memory, whole = steps[-1]["memory"], alone[2][-1]["memory"]
+    assert memory["accumulators"] <= whole["accumulators"] / workers * 1.05 + 4096, "accumulators are partitioned"
+    if stage == 3:
+        assert memory["planes"] <= whole["planes"] / workers * 1.05 + 4096, "planes are partitioned"
+        assert "flips" not in steps[-1]["bytes_sent"], "under ZeRO-3 a flip costs no message"
