@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the commands beside this Python
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched in a test
 
 import pytest

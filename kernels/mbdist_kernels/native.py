@@ -1,8 +1,7 @@
 """Builds and binds native.cpp, the optional CPU accelerator; everything works without it, only slower.
 
-It is compiled once a machine (a few seconds, ``torch.utils.cpp_extension``, which also locks against several ranks
-building at once) and used for contiguous CPU tensors. ``MBDIST_NATIVE=0`` turns it off; without a compiler one warning
-says so and the torch versions serve.
+It is compiled once a machine (a few seconds, ``torch.utils.cpp_extension``) and used for contiguous CPU tensors.
+``MBDIST_NATIVE=0`` turns it off; without a compiler one warning says so and the torch versions serve.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,19 +62,14 @@ def library() -> Any:
     """The compiled accelerator (a ``ctypes.CDLL``), or None where it is switched off or cannot be built."""
     if os.environ.get("MBDIST_NATIVE", "1") == "0":
         return None
-    from torch.utils import cpp_extension
-
     built_from = _SOURCE.read_bytes() + " ".join([*_FLAGS, *_openmp_flags(), _processor()]).encode()
     name = "mbdist_native_" + hashlib.sha256(built_from).hexdigest()[:12]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbdist"
     try:
-        path = cpp_extension.load(
-            name=name,
-            sources=[str(_SOURCE)],
-            extra_cflags=_FLAGS,
-            extra_ldflags=_openmp_flags(),
-            is_python_module=False,
-        )
-        return ctypes.CDLL(path or str(Path(cpp_extension._get_build_directory(name, False)) / f"{name}.so"))
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / f"{name}.so").exists():
+            _build(name, home)
+        return ctypes.CDLL(str(home / f"{name}.so"))
     except (OSError, RuntimeError, ImportError) as error:
         _log.warning(
             "mbdist: the CPU accelerator could not be built (%s); the slower torch versions are used. "
@@ -82,6 +77,23 @@ def library() -> Any:
             str(error).splitlines()[0] if str(error) else type(error).__name__,
         )
         return None
+
+
+def _build(name: str, home: Path) -> None:
+    """Compile in a folder of this process's own and rename into place. torch's shared build folder is guarded by a lock
+    file, which a killed process leaves behind and every later one waits for; ranks that build at once do no harm."""
+    from torch.utils import cpp_extension
+
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        cpp_extension.load(
+            name=name,
+            sources=[str(_SOURCE)],
+            extra_cflags=_FLAGS,
+            extra_ldflags=_openmp_flags(),
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(Path(folder) / f"{name}.so", home / f"{name}.so")
 
 
 def serves(*tensors: torch.Tensor) -> bool:

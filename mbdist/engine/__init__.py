@@ -1,5 +1,11 @@
 """DeepSpeed, and nothing else imports it: ZeRO holds the float state and, in stage 3, the planes."""
 
-from mbdist.engine.engine import Engine
+import deepspeed
+
+# DeepSpeed would compile a shared-memory all-reduce for CPU ranks at the first start. Training does not use it, and the
+# build is guarded by a lock file that a killed process leaves behind and every later start waits for.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+from mbdist.engine.engine import Engine  # noqa: E402
 
 __all__ = ["Engine"]

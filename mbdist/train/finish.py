@@ -11,6 +11,8 @@ from pathlib import Path
 from mbdist.config.schema import RunConfig
 from mbdist.train.metrics import read_metrics
 
+_RELOAD_TIMEOUT_S = 1800
+
 
 def finish_run(config: RunConfig, started: float) -> dict:
     """Verify the saved model and summarise the run (``started``: time.time() at its begin).
@@ -44,7 +46,7 @@ def _reload(folder: str, prompt: str | None) -> dict:
     command = [sys.executable, "-m", "mbdist.train.reload_check", folder]
     if prompt:
         command += ["--prompt", prompt]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_RELOAD_TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"the saved model {folder} does not load again:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
