@@ -17,7 +17,7 @@ class DenseEngine:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         floats = config.floats
         self.optimizer = torch.optim.AdamW(
-            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, foreach=True
+            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, fused=True
         )
         settings = deepspeed_config(config)
         settings["bf16"] = {"enabled": True}

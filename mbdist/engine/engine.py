@@ -32,7 +32,7 @@ class Engine:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         floats = config.floats
         self.optimizer = SkippableAdamW(
-            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, foreach=True
+            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
