@@ -1,8 +1,12 @@
-"""The one exception for mistakes of the user: the command line prints it as one message and exits with code 2."""
+"""Exceptions whose message is all that a user needs: the command line prints them without a traceback."""
 
 
 class UserError(ValueError):
-    """What is wrong, with the value, and how to fix it."""
+    """A mistake of the user's: what is wrong, with the value, and how to fix it. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run failed for a reason that is not the user's; the message says where its output is. Exit code 1."""
 
 
 class ConfigError(UserError):

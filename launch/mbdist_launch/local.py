@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from mbdist.config import RunConfig
-from mbdist.errors import UserError
+from mbdist.errors import RunError, UserError
 from mbdist.train.finish import finish_run
 from mbdist.train.run_folder import open_run_folder
 from mbdist.train.watch import RunWatcher
@@ -16,12 +16,11 @@ from mbdist.train.watch import RunWatcher
 # Ray sets these up on import: no phoning home, no metrics exporter for a run that ends in minutes.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def launch_local(config: RunConfig) -> dict:
     """Run ``config`` on this machine and return its summary. Raises UserError for a mistake of the user's,
-    RuntimeError (with the workers' own message) for everything else that ends a run."""
+    RunError (with the workers' own message) for everything else that ends a run."""
     import ray
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -38,9 +37,9 @@ def launch_local(config: RunConfig) -> dict:
         logging_level="ERROR",
     )
     try:
-        trainer = _trainer(
-            config, cpus_per_worker, use_gpu=_use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
-        )
+        use_gpus = _use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+        device = config.cluster.model_copy(update={"device": "cuda" if use_gpus else "cpu"})
+        trainer = _trainer(config.model_copy(update={"cluster": device}), cpus_per_worker, use_gpus)
         with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
             trainer.fit()
     except TrainingFailedError as error:
@@ -51,15 +50,17 @@ def launch_local(config: RunConfig) -> dict:
 
 
 def _use_gpus(config: RunConfig, gpus: int) -> bool:
+    """GPUs where there is one for every worker; a run that asks for them and cannot have them is refused."""
     workers, device = config.cluster.workers, config.cluster.device
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
-    if gpus < workers:
-        raise UserError(
-            f"cluster.workers = {workers} needs as many GPUs, this machine has {gpus}: "
-            f"lower cluster.workers, or set cluster.device=cpu"
-        )
-    return True
+    if gpus >= workers:
+        return True
+    fix = f"this machine has {gpus} GPU(s) for cluster.workers = {workers}: set cluster.workers={max(1, gpus)}"
+    if device == "cuda":
+        raise UserError(f"{fix}, or cluster.device=cpu")
+    print(f"{fix} to use them; running on the CPU")
+    return False
 
 
 def _trainer(config: RunConfig, cpus_per_worker: int, use_gpu: bool):
@@ -102,4 +103,4 @@ def _cause(error: Exception, config: RunConfig) -> Exception:
         if isinstance(cause, UserError):
             return UserError(str(cause))
     first = next(iter(failures.values()), error)
-    return RuntimeError(f"the run failed; the workers' output is in {config.run_dir}/logs\n{first}")
+    return RunError(f"the run failed; the workers' output is in {config.run_dir}/logs\n{first}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import typer
 
 from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, train
-from mbdist.errors import UserError
+from mbdist.errors import RunError, UserError
+
+_USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = typer.Typer(
     name="mbdist",
@@ -30,7 +33,7 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is one message and exit code 2."""
+    """Entry point: a mistake of the user's is one message and exit code 2, a failed run one message and exit code 1."""
     # transformers imports DeepSpeed where it is installed; without a GPU its search for one prints a warning.
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,6 +42,14 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk or a forbidden folder, wherever it strikes
+        if error.errno not in _USERS_TO_MEND:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -50,10 +50,16 @@ def save_model(
 ) -> None:
     """Write a folder that ``from_pretrained`` loads: weights, config, tokenizer and chat template.
 
-    ``state_dict`` stands in for the model's own where its parameters are partitioned over ranks.
+    ``state_dict`` stands in for a multi-Boolean model's own where its parameters are partitioned over ranks.
     """
     with replaced_folder(folder) as target:
-        model.save_pretrained(target, state_dict=state_dict)
+        if state_dict is not None:
+            model.hf_quantizer.gathered_state = state_dict
+        try:
+            model.save_pretrained(target)
+        finally:
+            if state_dict is not None:
+                model.hf_quantizer.gathered_state = None
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
 

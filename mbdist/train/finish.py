@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mbdist.config.schema import RunConfig
+from mbdist.errors import RunError
 from mbdist.train.metrics import read_metrics
 
 _RELOAD_TIMEOUT_S = 1800
@@ -17,7 +18,7 @@ _RELOAD_TIMEOUT_S = 1800
 def finish_run(config: RunConfig, started: float) -> dict:
     """Verify the saved model and summarise the run (``started``: time.time() at its begin).
 
-    Raises RuntimeError where the planes that load are not the planes that were trained.
+    Raises RunError where the planes that load are not the planes that were trained.
     """
     run_dir = Path(config.run_dir)
     records = list(read_metrics(run_dir / "metrics.jsonl"))
@@ -38,7 +39,7 @@ def finish_run(config: RunConfig, started: float) -> dict:
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if saved["planes_sha256"] != reloaded["planes_sha256"]:
-        raise RuntimeError(f"{saved['folder']} loads with other planes than were saved; see {run_dir / 'summary.json'}")
+        raise RunError(f"{saved['folder']} loads with other planes than were saved; see {run_dir / 'summary.json'}")
     return summary
 
 
@@ -48,5 +49,5 @@ def _reload(folder: str, prompt: str | None) -> dict:
         command += ["--prompt", prompt]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_RELOAD_TIMEOUT_S)
     if done.returncode:
-        raise RuntimeError(f"the saved model {folder} does not load again:\n{done.stderr[-4000:]}")
+        raise RunError(f"the saved model {folder} does not load again:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

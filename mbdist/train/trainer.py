@@ -132,7 +132,7 @@ class Trainer:
             codec=config.comm.codec,
             planes=self.num_planes,
             bits_per_weight=self.bits_per_weight,
-            trained_bits=sum(plane.layer.num_weights for plane in self.boolean.planes),
+            trained_bits={plane.name: plane.layer.num_weights for plane in self.boolean.planes},
         )
 
     # Forward passes.

@@ -72,6 +72,7 @@ class RunWatcher:
             return
         if event == "start":
             self._steps = record["steps"]
+            record["trained_bits"] = sum(record["trained_bits"].values())
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)

@@ -14,7 +14,7 @@ from mbdist.train.metrics import read_metrics
 CASES = [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)]
 
 
-def train(tmp_path, model, workers, stage):
+def train(tmp_path, model, workers, stage, **train_section):
     run_dir = tmp_path / f"{workers}x{stage}"
     settings = models.run_settings(
         run_dir,
@@ -24,6 +24,7 @@ def train(tmp_path, model, workers, stage):
         # With the scales at rest, everything that decides a flip is reduced in a fixed order.
         floats={"lr": 0.0},
         data={"max_eval_windows": 2},
+        train=train_section,
     )
     path = tmp_path / f"{run_dir.name}.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -53,3 +54,9 @@ def test_same_planes_for_any_workers_and_stage(tmp_path, llama_folder, alone, wo
     if stage == 3:
         assert memory["planes"] <= whole["planes"] / workers * 1.05 + 4096, "planes are partitioned"
         assert "flips" not in steps[-1]["bytes_sent"], "under ZeRO-3 a flip costs no message"
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_under_zero_3_changes_nothing(tmp_path, llama_folder, alone):
+    digest, flips, _ = train(tmp_path, llama_folder, 2, 3, activation_checkpointing=True)
+    assert flips == alone[1] and digest == alone[0]
