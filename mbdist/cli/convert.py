@@ -14,7 +14,7 @@ def convert(
     model: ModelPath,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     planes: Annotated[int, typer.Option(min=1, max=8, help="K: sign planes, bits a weight.")] = 2,
-    init: Annotated[str, typer.Option(help="How planes are found.")] = "svid",
+    init: Annotated[str, typer.Option(help="How planes are found: joint or svid.")] = "joint",
     include: Annotated[list[str] | None, typer.Option(help="Layers to convert, shell pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
     gguf_file: GgufFile = None,

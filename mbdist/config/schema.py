@@ -25,8 +25,9 @@ class ModelConfig(_Section):
 class ConvertConfig(_Section):
     planes: Annotated[int, Field(ge=1, le=8)] = 2
     """K: bits a weight. Ignored where `model.path` is a multi-Boolean model already."""
-    init: Literal["svid"] = "svid"
-    """How planes are found. `svid`: successive extraction from the weights alone (arXiv 2505.22811)."""
+    init: Literal["svid", "joint"] = "joint"
+    """How planes are found. `svid`: one after the other (arXiv 2505.22811). `joint`: all together, in sweeps of nearest
+    levels and least squares. Neither needs data."""
     include: list[str] = ["*"]
     """Layer names to convert, as shell patterns over module names (`model.layers.*.mlp.*`)."""
     exclude: list[str] = []

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mbdist.config.schema import ConvertConfig
+from mbdist.convert.joint import joint
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.svid import svid
 from mbdist.errors import UserError
@@ -19,7 +20,7 @@ from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
 
 Initialization = Callable[[torch.Tensor, int], PlaneSet]  # (weight (m, n), num_planes) -> planes and scales
 
-INITIALIZATIONS: dict[str, Initialization] = {"svid": svid}
+INITIALIZATIONS: dict[str, Initialization] = {"svid": svid, "joint": joint}
 
 
 @dataclass(frozen=True)

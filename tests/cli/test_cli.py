@@ -71,7 +71,7 @@ def test_env_and_schema_are_json():
         (["convert", "nowhere", "out"], "cannot load the model nowhere"),
         (["convert", "package:no_such_package", "out"], "no Python package no_such_package"),
         (["convert", "{model}", "out", "--include", "x"], "no linear layer is left"),
-        (["convert", "{model}", "out", "--init", "magic"], "there is svid"),
+        (["convert", "{model}", "out", "--init", "magic"], "there is svid, joint"),
         (["convert", "{converted}", "out"], "is multi-Boolean already"),
         (["convert", "{model}", "{model}"], "is not an empty folder"),
         (["convert", "{model}", "out", "--planes", "99"], "less than or equal to 8"),

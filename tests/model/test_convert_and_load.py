@@ -1,5 +1,6 @@
 """Float model -> planes -> folder -> from_pretrained, for every architecture named in the README."""
 
+import itertools
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mbdist.config.schema import ConvertConfig, ModelConfig
 from mbdist.convert import convert_model
+from mbdist.convert.joint import joint, nearest_signs, sweep
 from mbdist.convert.svid import rank_one_magnitude, svid
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
@@ -39,6 +41,43 @@ def test_svid_error_falls_with_every_plane_and_is_exact_for_a_matrix_of_the_form
         assert abs(found - expected) < 0.12 * expected + 0.01
     rank_one = torch.outer(torch.rand(20) + 0.1, torch.rand(50) + 0.1) * torch.where(torch.rand(20, 50) < 0.5, -1, 1)
     assert svid(rank_one, 1).relative_error(rank_one) < 1e-10
+
+
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+def test_no_part_of_a_joint_sweep_raises_the_error(monkeypatch, num_planes):
+    weight = torch.randn(40, 70) * torch.rand(70).exp()
+    found = svid(weight, num_planes)
+    errors = [found.relative_error(weight)]
+    for chunk in (1 << 20, 700, 700, 1 << 20):  # whole, and in chunks of ten rows
+        monkeypatch.setattr("mbdist.convert.joint._CHUNK_ELEMENTS", chunk)
+        sweep(weight, found)
+        errors.append(found.relative_error(weight))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors)), errors
+    assert num_planes == 1 or errors[-1] < errors[0]  # one plane is at its best from the start
+
+
+def test_joint_extraction_of_gaussian_weights():
+    """Relative error^2 as measured when the method was chosen; three joint planes are as good as four successive."""
+    weight = torch.randn(256, 512)
+    for num_planes, expected in ((2, 0.118), (3, 0.0372), (4, 0.0116)):
+        found = joint(weight, num_planes)
+        assert found.relative_error(weight) == pytest.approx(expected, rel=0.06)
+        size = found.scale_out.abs().mean(1) * found.scale_in.abs().mean(1)
+        assert (size[:-1] >= size[1:]).all(), "largest scale first"
+
+
+def test_nearest_signs_is_exhaustive_search():
+    weight, scale_out, scale_in = torch.randn(5, 9), torch.rand(3, 5), torch.rand(3, 9)
+    signs = nearest_signs(weight, scale_out, scale_in)
+    level = torch.einsum("kij,ki,kj->ij", signs, scale_out, scale_in)
+    for pattern in itertools.product((1, -1), repeat=3):
+        other = torch.einsum("k,ki,kj->ij", torch.tensor(pattern, dtype=torch.float32), scale_out, scale_in)
+        assert ((weight - level).abs() <= (weight - other).abs() + 1e-6).all()
+
+
+def test_joint_of_a_zero_matrix_is_finite():
+    found = joint(torch.zeros(8, 40), 2)
+    assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
 
 
 def test_svid_of_a_zero_matrix_is_finite():

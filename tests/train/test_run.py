@@ -35,12 +35,18 @@ def planes_of(folder):
     return {name: p.data for name, p in model.named_parameters() if ".plane_" in name}, model
 
 
+def finished_settings(run_dir, model):
+    settings = models.run_settings(run_dir, model, sample_prompt="The", floats={"lr": 5e-3})
+    settings["train"]["steps"] = 12
+    settings["boolean"]["max_flip_rate"] = 2e-3
+    return settings
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, llama_folder):
     """A short run, finished; most tests below look at what it left."""
     folder = tmp_path_factory.mktemp("train")
-    settings = models.run_settings(folder / "run", llama_folder, sample_prompt="The")
-    settings["train"]["steps"] = 12
+    settings = finished_settings(folder / "run", llama_folder)
     done = run_in_process(settings, folder)
     return folder / "run", done
 
@@ -53,7 +59,6 @@ def test_summary_says_what_was_asked(finished):
     assert summary["planes_sha256"]["saved"] == summary["planes_sha256"]["reloaded"]
     assert summary["generated"].startswith("The") and len(summary["generated"]) > 3
     assert 2 < summary["bits_per_weight"] < 5 and summary["wall_s"] > 0
-    assert summary["perplexity"]["finetuned"] < summary["perplexity"]["converted"]
 
 
 @pytest.mark.slow
@@ -85,14 +90,13 @@ def test_metrics_have_everything_a_user_watches(finished):
         assert key in records[-1]
     assert {"planes", "accumulators", "teacher", "process"} <= set(records[-1]["memory"])
     assert all(record["flip_rate"] <= record["flip_cap"] for record in records)
+    assert sum(record["kl"] for record in records[-3:]) / 3 < 0.9 * records[0]["kl"], "the student nears its teacher"
     assert (finished[0] / "config.yaml").exists()
 
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_bits(finished, tmp_path, llama_folder):
-    settings = models.run_settings(tmp_path / "again", llama_folder)
-    settings["train"]["steps"] = 12
-    run_in_process(settings, tmp_path)
+    run_in_process(finished_settings(tmp_path / "again", llama_folder), tmp_path)
     first, again = planes_of(finished[0] / "model")[0], planes_of(tmp_path / "again/model")[0]
     assert all(torch.equal(first[name], again[name]) for name in first)
 
