@@ -16,7 +16,14 @@ from mbdist.convert import convert_model
 from mbdist.data import load_corpus
 from mbdist.errors import UserError
 from mbdist.model.layers import bits_per_weight
-from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_model_config, load_tokenizer
+from mbdist.model.loading import (
+    check_window,
+    is_multi_boolean,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    resolve_path,
+)
 from mbdist.model.saving import save_model
 from mbdist.train.metrics import MetricsWriter
 
@@ -46,7 +53,7 @@ def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
     """Convert and tokenise, unless an earlier run with the same settings did."""
     teacher_source(config)  # a contradiction here is better found before the work than after
     marker, key = Path(config.run_dir) / "prepared.json", _key(config)
-    if _marked(marker, key):
+    if _is_prepared(config, key):
         metrics.write("prepared", reused=True)
     else:
         marker.unlink(missing_ok=True)
@@ -67,7 +74,8 @@ def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
 
 def wait_until_prepared(config: RunConfig) -> None:
     """For ranks other than 0. If rank 0 fails, whoever started the ranks ends them all."""
-    while not _marked(Path(config.run_dir) / "prepared.json", _key(config)):
+    key = _key(config)
+    while not _is_prepared(config, key):
         time.sleep(0.2)
 
 
@@ -92,13 +100,17 @@ def _convert(config: RunConfig, metrics: MetricsWriter) -> None:
 
 
 def _key(config: RunConfig) -> str:
-    sections = [config.model, config.convert, config.data, config.train.sequences_per_step]
-    described = [section if isinstance(section, int) else section.model_dump() for section in sections]
+    """Identifies the settings that preparation depends on, and the files of a local model."""
+    folder = Path(resolve_path(config.model.path))
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.*"))
+    sections = [section.model_dump() for section in (config.model, config.convert, config.data)]
+    described = [sections, config.train.sequences_per_step, files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _marked(marker: Path, key: str) -> bool:
+def _is_prepared(config: RunConfig, key: str) -> bool:
     try:
-        return json.loads(marker.read_text())["key"] == key
+        marked = json.loads((Path(config.run_dir) / "prepared.json").read_text())["key"] == key
     except (OSError, ValueError, KeyError):
         return False
+    return marked and (is_multi_boolean(config.model) or is_multi_boolean(student_source(config)))

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
+from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
@@ -95,6 +96,25 @@ def run_on_ranks(world_size, folder, config, codec="fp32"):
     folder.mkdir()
     mp.spawn(_rank_main, (world_size, str(folder), config, codec), nprocs=world_size)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
+
+
+def _differing_main(rank, world_size, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    communicator = Communicator(60)
+    planes = [layer.planes[1] for layer in make_layers().values()]
+    partitions = [WordPartition(plane.numel(), world_size) for plane in planes]
+    store = ReplicatedPlanes(planes, partitions, communicator)
+    same = store.check_replicas(list(SHAPES))
+    if rank == 1:
+        planes[1].data[0, 0] ^= 4
+    torch.save((same, store.check_replicas(list(SHAPES))), f"{folder}/rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_replica_check_names_the_first_plane_that_differs(tmp_path):
+    mp.spawn(_differing_main, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank_{rank}.pt") == (None, "b")
 
 
 CURVATURE = BooleanOptimizerConfig(step_size=4.0, max_step=1.0, max_flip_rate=0.02, warmup_fraction=0.0)
