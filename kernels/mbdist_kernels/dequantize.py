@@ -6,6 +6,7 @@ accelerator and the torch version give the same bits.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -13,17 +14,22 @@ import torch
 from mbdist_kernels import native
 from mbdist_kernels.layout import unpack_signs
 
-_scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+_CHUNK_ELEMENTS = 1 << 22  # rows unpacked at a time where no accelerator serves: bounds the temporaries
+_scratch = threading.local()  # two threads that serve models must not write into one buffer
 
 
 def reused_scratch(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A flat buffer of at least ``num_elements``, shared by all layers of the device: valid until the next call.
+    """A flat buffer of at least ``num_elements``, shared by all layers of the device: valid until the next call in
+    this thread (and, on a GPU, this stream).
 
     One layer's weight is dense at a time, so one buffer as large as the largest layer serves a whole model.
     """
-    buffer = _scratch.get((device, dtype))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    buffers = _scratch.__dict__.setdefault("buffers", {})
+    buffer = buffers.get((device, dtype, stream))
     if buffer is None or buffer.numel() < num_elements:
-        buffer = _scratch[device, dtype] = torch.empty(num_elements, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # an inference tensor could not be written to in training later
+            buffer = buffers[device, dtype, stream] = torch.empty(num_elements, dtype=dtype, device=device)
     return buffer[:num_elements]
 
 
@@ -38,10 +44,14 @@ def dequantize(
     m, n = scale_out.shape[1], scale_in.shape[1]
     if out is None:
         out = torch.empty(m, n, dtype=dtype, device=scale_out.device)
-    if native.serves(out, scale_out, scale_in):
+    if native.serves(out) and native.takes_scales(scale_out, scale_in):
         native.dequantize(planes, scale_out, scale_in, out)
         return out
-    return out.copy_(dequantize_reference(planes, scale_out, scale_in))
+    rows_at_a_time = max(1, _CHUNK_ELEMENTS // n)
+    for first in range(0, m, rows_at_a_time):
+        rows = slice(first, first + rows_at_a_time)
+        out[rows] = dequantize_reference([plane[rows] for plane in planes], scale_out[:, rows], scale_in)
+    return out
 
 
 def dequantize_reference(

@@ -30,7 +30,7 @@ def scale_gradients_and_signal(
     signal: torch.Tensor | None = None,  # (rows, 32 W) fp32, written; its padding columns get 0
 ) -> None:
     """One streaming pass over G. ``factors`` and ``signal`` are given together or not at all."""
-    if native.serves(gradient, scale_out, scale_in):
+    if native.serves(gradient) and native.takes_scales(scale_out, scale_in):
         native.scale_gradients_and_signal(
             gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, factors, signal
         )

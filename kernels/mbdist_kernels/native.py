@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,10 @@ def _build(name: str, home: Path) -> None:
     file, which a killed process leaves behind and every later one waits for; ranks that build at once do no harm."""
     from torch.utils import cpp_extension
 
+    # ninja is installed beside this Python, which need not be on the PATH.
+    beside = f"{Path(sys.executable).parent}{os.pathsep}"
+    if not os.environ["PATH"].startswith(beside):
+        os.environ["PATH"] = beside + os.environ["PATH"]
     with tempfile.TemporaryDirectory(dir=home) as folder:
         cpp_extension.load(
             name=name,
@@ -106,6 +111,11 @@ def serves(*tensors: torch.Tensor) -> bool:
     return library() is not None
 
 
+def takes_scales(*scales: torch.Tensor) -> bool:
+    """The accelerator computes with fp32 scales alone (a model cast to bf16 has others)."""
+    return all(scale.dtype == torch.float32 for scale in scales)
+
+
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
@@ -116,8 +126,8 @@ def _describe(
     """The C view of K planes and their scales, and the tensors that must live as long as it."""
     planes = [plane.contiguous() for plane in planes]
     scale_in = scale_in.contiguous()
-    if not 1 <= len(planes) <= _MAX_PLANES or scale_out.dtype != torch.float32 or scale_in.dtype != torch.float32:
-        raise ValueError(f"the CPU accelerator takes 1 to {_MAX_PLANES} planes with fp32 scales")
+    if not 1 <= len(planes) <= _MAX_PLANES:
+        raise ValueError(f"the CPU accelerator takes 1 to {_MAX_PLANES} planes, not {len(planes)}")
     words = (ctypes.c_void_p * _MAX_PLANES)(*(plane.data_ptr() for plane in planes))
     view = _Planes(
         words,

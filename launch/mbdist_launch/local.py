@@ -85,9 +85,12 @@ def _worker(settings: dict) -> None:
     os.chdir(settings["cwd"])  # relative paths of a config mean the same as where it was launched
     sys.path[:] = settings["path"]
     from mbdist.config import parse_config
-    from mbdist.train.trainer import run_worker
+    from mbdist.train.environment import pin_accelerator
 
     config = parse_config(settings["run"])
+    pin_accelerator(config)
+    from mbdist.train.trainer import run_worker
+
     log = Path(config.run_dir) / "logs" / f"rank_{os.environ['RANK']}.log"
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)

@@ -20,12 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mbdist.config import RunConfig
+from mbdist.errors import RunError, UserError
 
 _WARM_UP_STEPS = 2  # the first builds kernels and measures curvature only
 
 
 def bench_train(config: RunConfig, steps: int, json_file: Path | None) -> dict:
     """Measure, print a table, write ``json_file`` where given, and return its content."""
+    if config.loss.hidden != "none":
+        raise UserError("bench train compares steps without a hidden-state term; add loss.hidden=none")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:
         config = config.model_copy(
@@ -94,16 +99,30 @@ def _in_own_process(measure, config: RunConfig) -> dict:
     process.start()
     send.close()
     try:
-        return receive.recv()
+        result = receive.recv()
     except EOFError:
-        raise RuntimeError(f"{measure.__name__} failed; its output is above") from None
+        raise RunError(f"{measure.__name__} failed; its output is above") from None
     finally:
         process.join()
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _report(measure, config: RunConfig, send) -> None:
-    result = measure(config)
+    from mbdist.train.environment import pin_accelerator
+
+    try:
+        pin_accelerator(config)
+        result = measure(config)
+    except UserError as error:
+        send.send(error)
+        return
+    import torch
+
     result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_initialized():
+        result["peak_rss"] = torch.cuda.max_memory_allocated()  # the memory that matters there
     send.send(result)
 
 
@@ -161,13 +180,15 @@ def _measure_dense(config: RunConfig) -> dict:
     from mbdist.model.layers import convertible_layers
     from mbdist.model.loading import load_model, load_tokenizer
     from mbdist.train.environment import compute_dtype, set_up_worker
-    from mbdist.train.loss import distillation_loss, divisor
+    from mbdist.train.loss import distillation_loss
     from mbdist.train.prepare import teacher_source
 
     device = set_up_worker(config)
     Communicator(config.comm.timeout_s)
     dtype = compute_dtype(config.train.precision, device)
     student = load_model(config.model).to(device).requires_grad_(False)
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
     for layer in linear:
         layer.requires_grad_(True)
@@ -183,9 +204,8 @@ def _measure_dense(config: RunConfig) -> dict:
         with torch.no_grad():
             taught = teacher(input_ids=ids, use_cache=False).logits if teacher is not None else None
         logits = engine.forward(input_ids=ids, use_cache=False).logits
-        terms = distillation_loss(logits, taught, ids, learned, config.loss)
-        targets = divisor(config.loss, int(learned[:, 1:].sum()), len(ids))
-        engine.backward(terms.total / targets)
+        targets = int(learned[:, 1:].sum())
+        engine.backward(distillation_loss(logits, taught, ids, learned, config.loss, targets, len(ids)).total)
         engine.step()
 
     engine.engine.module.train()

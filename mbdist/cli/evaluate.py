@@ -15,6 +15,7 @@ def evaluate(
         bool, typer.Option("--python-docs", help="Use the prose of Python's documentation.")
     ] = False,
     window: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
+    skip_windows: Annotated[int, typer.Option(min=0, help="Leave out the first so many: what a run trained on.")] = 0,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many windows.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -24,7 +25,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity over windows of text; prints one JSON object.
 
-    Example: `mbdist eval runs/quickstart/model --python-docs --window 256 --max-windows 32`
+    Example: `mbdist eval runs/quickstart/model --python-docs --window 256 --skip-windows 397`
     """
     if bool(text) == python_docs:
         raise UserError("name what to measure on: --text FILE, or --python-docs")
@@ -53,8 +54,10 @@ def evaluate(
     loaded = load_model(source, dtype).to(chosen)
     check_window(window, loaded.config, "--window")
     windows = load_windows(data, DataConfig(train=data, window=window), load_tokenizer(source)).with_format("torch")
-    if max_windows is not None:
-        windows = windows.select(range(min(max_windows, len(windows))))
+    if skip_windows >= len(windows):
+        raise UserError(f"--skip-windows {skip_windows} leaves nothing of {len(windows)} windows")
+    last = len(windows) if max_windows is None else min(skip_windows + max_windows, len(windows))
+    windows = windows.select(range(skip_windows, last))
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(chosen.type, dtype, enabled=dtype != torch.float32):

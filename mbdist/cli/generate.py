@@ -13,7 +13,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -27,8 +27,8 @@ def generate(
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist.train.reload_check import generate as continue_text
 
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: there is cpu, cuda")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: there is auto, cpu, cuda")
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     chosen = choose_device(ClusterConfig(device=device))
     tokenizer = load_tokenizer(source)

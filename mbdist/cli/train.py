@@ -33,6 +33,9 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
         config = open_run_folder(config)
     else:
         config = config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve())})
+    from mbdist.train.environment import pin_accelerator
+
+    pin_accelerator(config)
     from mbdist.train.trainer import run_worker
 
     with RunWatcher(Path(config.run_dir) / "metrics.jsonl") if first else contextlib.nullcontext():

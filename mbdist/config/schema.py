@@ -25,9 +25,12 @@ class ModelConfig(_Section):
 class ConvertConfig(_Section):
     planes: Annotated[int, Field(ge=1, le=8)] = 2
     """K: bits a weight. Ignored where `model.path` is a multi-Boolean model already."""
-    init: Literal["svid", "joint"] = "joint"
+    init: Literal["svid", "joint", "calibrated"] = "calibrated"
     """How planes are found. `svid`: one after the other (arXiv 2505.22811). `joint`: all together, in sweeps of nearest
-    levels and least squares. Neither needs data."""
+    levels and least squares. `calibrated`: joint in the metric of the layers' inputs and output gradients, then error
+    feedback on the signs; it needs text, and is worth orders of magnitude of perplexity."""
+    calibration_tokens: PositiveInt = 8192
+    """Tokens of training text that `calibrated` looks at; never of the evaluation text."""
     include: list[str] = ["*"]
     """Layer names to convert, as shell patterns over module names (`model.layers.*.mlp.*`)."""
     exclude: list[str] = []
@@ -112,14 +115,13 @@ class TrainConfig(_Section):
 
 
 class BooleanOptimizerConfig(_Section):
-    trained_plane: Literal["last"] = "last"
-    """Which plane's bits are trained."""
     signal: Literal["curvature", "raw"] = "curvature"
     """`curvature`: q / (s^2 h), so the threshold is where a flip pays to second order. `raw`: q as published."""
     step_size: Annotated[float, Field(ge=0)] = 0.05
     """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
     max_step: Annotated[float, Field(gt=0, le=1)] = 0.125
-    """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips."""
+    """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips. Every
+    micro-batch of every worker may add its equal share, rounded stochastically to 1/64."""
     max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 3e-4
     """Cap: largest share of a matrix's bits that flips in a step, after warm-up; falls to 0 by a cosine."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -131,7 +133,7 @@ class BooleanOptimizerConfig(_Section):
 class FloatOptimizerConfig(_Section):
     lr: Annotated[float, Field(ge=0)] = 5e-4
     """AdamW learning rate of the scales and of everything in `also_train`."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW moment decays."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay."""
@@ -177,7 +179,7 @@ class ClusterConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: GPUs where the machine has them."""
     cpus_per_worker: PositiveInt | None = None
-    """Cores a worker may use; default: the machine's cores shared evenly (CPU), 4 (GPU)."""
+    """Cores a worker may use; default: the machine's cores shared evenly."""
 
 
 class RunConfig(_Section):

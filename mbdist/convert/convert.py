@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mbdist.config.schema import ConvertConfig
+from mbdist.convert.calibrated import calibrated
+from mbdist.convert.calibration import LayerStatistics, calibrate
 from mbdist.convert.joint import joint
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.svid import svid
@@ -18,9 +20,15 @@ from mbdist.model.layers import convertible_layers, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
 
-Initialization = Callable[[torch.Tensor, int], PlaneSet]  # (weight (m, n), num_planes) -> planes and scales
+# (weight (m, n), num_planes, moments of the layer where they were collected) -> planes and scales
+Initialization = Callable[[torch.Tensor, int, LayerStatistics | None], PlaneSet]
 
-INITIALIZATIONS: dict[str, Initialization] = {"svid": svid, "joint": joint}
+INITIALIZATIONS: dict[str, Initialization] = {
+    "svid": lambda weight, num_planes, _: svid(weight, num_planes),
+    "joint": lambda weight, num_planes, _: joint(weight, num_planes),
+    "calibrated": calibrated,
+}
+NEED_CALIBRATION = {"calibrated"}
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,24 @@ class LayerReport:
     relative_error: float  # ||W - W_hat||^2 / ||W||^2
 
 
-def convert_model(model: PreTrainedModel, config: ConvertConfig) -> Iterator[LayerReport]:
+def convert_model(
+    model: PreTrainedModel,
+    config: ConvertConfig,
+    calibration: Iterable[
+        torch.Tensor
+    ] = (),  # batches of token ids (batch, window), for initialisations that need them
+) -> Iterator[LayerReport]:
     """Convert the chosen layers in place, yielding a report after each; the model can be saved once it is exhausted."""
     initialize = INITIALIZATIONS[config.init]
     chosen = convertible_layers(model, config.include, config.exclude)
+    statistics = calibrate(model, chosen, calibration) if config.init in NEED_CALIBRATION else {}
     for name, original in chosen.items():
         weight = original.weight.detach()
         if not isinstance(original, nn.Linear):  # Conv1D keeps (in, out)
             weight = weight.T
         if not torch.isfinite(weight).all():
             raise UserError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")
-        found = initialize(weight, config.planes)
+        found = initialize(weight, config.planes, statistics.pop(name, None))
         replace_module(model, name, _layer_from(found, original.bias))
         yield LayerReport(name, tuple(weight.shape), config.planes, found.relative_error(weight))
     quantization = MultiBooleanConfig(planes=dict.fromkeys(chosen, config.planes))

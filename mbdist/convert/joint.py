@@ -46,7 +46,7 @@ def sweep(weight: torch.Tensor, found: PlaneSet) -> None:
         for plane, sign in zip(found.planes, signs, strict=True):
             plane[rows] = pack_signs(sign)
         basis = signs * found.scale_in[:, None, :]
-        scale_out = _solve(
+        scale_out = least_squares(
             torch.einsum("kij,lij->ikl", basis, basis),
             torch.einsum("kij,ij->ik", basis, part),
             found.scale_out[:, rows].T,
@@ -55,7 +55,7 @@ def sweep(weight: torch.Tensor, found: PlaneSet) -> None:
         basis = signs * scale_out.T[:, :, None]
         normal += torch.einsum("kij,lij->jkl", basis, basis)
         right += torch.einsum("kij,ij->jk", basis, part)
-    found.scale_in.copy_(_solve(normal, right, found.scale_in.T).T)
+    found.scale_in.copy_(least_squares(normal, right, found.scale_in.T).T)
 
 
 def row_chunks(weight: torch.Tensor) -> list[slice]:
@@ -84,7 +84,7 @@ def nearest_signs(
     return signs
 
 
-def _solve(
+def least_squares(
     normal: torch.Tensor,  # (batch, K, K)
     right: torch.Tensor,  # (batch, K)
     before: torch.Tensor,  # (batch, K): kept where the problem says nothing

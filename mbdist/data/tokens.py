@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mbdist.data.sources import Document
@@ -10,10 +11,18 @@ from mbdist.errors import UserError
 
 def tokenize(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     """(token ids, learned) of one document. Of a chat, only what the assistant says is learned."""
+    if not isinstance(document, str) and not (
+        isinstance(document, list)
+        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in document)
+    ):
+        raise UserError(f"a record holds neither text nor a chat of {{role, content}}: {str(document)[:80]}")
     if isinstance(document, str):
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         return ids, [True] * len(ids)
-    return _tokenize_chat(document, tokenizer)
+    try:
+        return _tokenize_chat(document, tokenizer)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template refuses a record: {error}; it begins {str(document)[:80]}") from error
 
 
 def _tokenize_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:

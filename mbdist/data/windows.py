@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +61,14 @@ def load_windows(source: DataSource, config: DataConfig, tokenizer: PreTrainedTo
 
 
 def _key(source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identifies text, tokenizer and window; a file counts with its path, size and time of change."""
+    """Identifies text, tokenizer and window; a file counts with its path, size and time of change, Python's own
+    documentation with Python's version."""
     files = [(str(path.resolve()), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files_of(source)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     described = [
         _FORMAT,
+        sys.version_info[:2],
         source.model_dump(),
         files,
         window,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from mbdist.config.schema import RunConfig
 
 
-def deepspeed_config(config: RunConfig) -> dict:
+def deepspeed_config(config: RunConfig, device: str = "cpu") -> dict:
+    """``device``: type of the workers' device."""
     return {
         "train_batch_size": config.train.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -24,5 +25,6 @@ def deepspeed_config(config: RunConfig) -> dict:
         # Floats stay in the dtype they are given: trained ones fp32, frozen ones in the compute dtype (autocast).
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
-        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False},
+        # Counts DeepSpeed's messages. It waits for the device at every one, which only a CPU does not mind.
+        "comms_logger": {"enabled": device == "cpu", "verbose": False, "prof_all": True, "debug": False},
     }

@@ -37,8 +37,9 @@ class Engine:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
         )
+        settings = deepspeed_config(config, trained[0].device.type)
         self.engine, *_ = deepspeed.initialize(
-            model=student, optimizer=self.optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
+            model=student, optimizer=self.optimizer, lr_scheduler=schedule, config=settings
         )
         boolean.store = self._plane_store(boolean)
 

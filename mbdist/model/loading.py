@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
@@ -35,14 +34,11 @@ def resolve_path(path: str) -> str:
 
 
 def is_multi_boolean(source: ModelConfig) -> bool:
-    """Whether the folder holds a multi-Boolean model already."""
-    config = Path(resolve_path(source.path)) / "config.json"
-    if not config.is_file():
+    """Whether the folder or hub id holds a multi-Boolean model already."""
+    path = Path(resolve_path(source.path))
+    if source.gguf_file or (path.is_dir() and not (path / "config.json").is_file()):
         return False
-    try:
-        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except ValueError as error:
-        raise UserError(f"{config} is not valid JSON: {error}") from None
+    quantization = getattr(load_model_config(source), "quantization_config", None) or {}
     return quantization.get("quant_method") == QUANT_METHOD
 
 

@@ -32,7 +32,12 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         retired = target.with_name(f".{target.name}.old-{os.getpid()}")
         if target.exists():
             target.rename(retired)
-        beside.rename(target)
+        try:
+            beside.rename(target)
+        except BaseException:
+            if retired.exists():
+                retired.rename(target)
+            raise
         _fsync(target.parent)
         shutil.rmtree(retired, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own

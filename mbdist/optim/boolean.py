@@ -98,7 +98,7 @@ class BooleanOptimizer:
         for name, layer in layers.items():
             layer.trained_plane = layer.num_planes - 1
             layer.signal_sink = self
-            words = layer.out_features * -(-layer.in_features // WORD_BITS)
+            words = layer.planes[-1].shape.numel()
             partition = WordPartition(words, communicator.world_size)
             accumulator = torch.zeros(partition.elements_per_rank, dtype=torch.int8, device=device)
             self.planes.append(TrainedPlane(name, layer, len(self.planes), partition, accumulator))
@@ -136,7 +136,7 @@ class BooleanOptimizer:
         segments = flat.view(self.communicator.world_size, -1)
         received, handle = self.communicator.all_to_all(self.codec.encode(segments), "signal")
         self._arriving.append((plane, received, handle))
-        while len(self._arriving) > self.in_flight:
+        while len(self._arriving) > (self.in_flight if handle is not None else 0):
             self._accumulate_oldest()
 
     # Phase 2, the owner's side.
@@ -175,8 +175,11 @@ class BooleanOptimizer:
         return bool(torch.isfinite(self.curvature.sums).all())
 
     def skip(self) -> None:
-        """End a step that must change nothing. Accumulators keep what its finite micro-batches added."""
+        """End a step that flips nothing. Accumulators keep what its micro-batches added before the step was given up
+        (bounded by ``max_step``, and 0 for a signal that is not a number)."""
         self.curvature.discard()
+        for plane in self.planes:
+            plane.beta_q15 = FIXED_ONE  # its decay has been applied
         self.step_count += 1
         self.micro_batch = 0
 

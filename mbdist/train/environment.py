@@ -31,11 +31,15 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def pin_accelerator(config: RunConfig) -> None:
+    """Tell DeepSpeed which device this worker uses. It looks for one when it is imported, so this comes before that;
+    on a CPU worker of a GPU machine it must not find the GPU."""
+    os.environ["DS_ACCELERATOR"] = choose_device(config.cluster).type
+
+
 def set_up_worker(config: RunConfig) -> torch.device:
     """Choose the device, set the threads, join the process group (already there under Ray Train)."""
     device = choose_device(config.cluster)
-    # DeepSpeed looks for an accelerator on import; on a CPU worker of a GPU machine it must not find one.
-    os.environ["DS_ACCELERATOR"] = device.type
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -24,7 +24,7 @@ def finish_run(config: RunConfig, started: float) -> dict:
     records = list(read_metrics(run_dir / "metrics.jsonl"))
     start = next(record for record in records if record["event"] == "start")
     saved = next(record for record in records if record["event"] == "saved")
-    reloaded = _reload(saved["folder"], config.sample_prompt)
+    reloaded = _reload(saved["folder"], config.sample_prompt, config.model.trust_remote_code)
     summary = {
         "model": config.model.path,
         "planes": start["planes"],
@@ -43,10 +43,12 @@ def finish_run(config: RunConfig, started: float) -> dict:
     return summary
 
 
-def _reload(folder: str, prompt: str | None) -> dict:
+def _reload(folder: str, prompt: str | None, trust_remote_code: bool) -> dict:
     command = [sys.executable, "-m", "mbdist.train.reload_check", folder]
     if prompt:
         command += ["--prompt", prompt]
+    if trust_remote_code:
+        command.append("--trust-remote-code")
     done = subprocess.run(command, capture_output=True, text=True, timeout=_RELOAD_TIMEOUT_S)
     if done.returncode:
         raise RunError(f"the saved model {folder} does not load again:\n{done.stderr[-4000:]}")

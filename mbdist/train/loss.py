@@ -18,11 +18,11 @@ _CHUNK_BYTES = 8 << 20  # fp32 rows of logits worked on at a time
 
 @dataclass
 class LossTerms:
-    """Sums over the targets of a micro-batch; ``total`` carries the gradient."""
+    """The share of a micro-batch in the loss of its global batch, and what the log shows."""
 
-    total: torch.Tensor  # scalar, weighted
-    kl: float
-    cross_entropy: float
+    total: torch.Tensor  # scalar, carries the gradient
+    kl: float  # sum over the micro-batch's targets
+    cross_entropy: float  # the same
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -69,11 +69,13 @@ def distillation_loss(
     input_ids: torch.Tensor,  # (batch, window) int64
     learned: torch.Tensor,  # (batch, window) bool: which tokens are targets
     config: LossConfig,
+    num_targets: int,  # of the whole global batch
+    num_sequences: int,  # of the whole global batch
     student_hidden: tuple[torch.Tensor, ...] | None = None,  # after every block: (batch, window, d)
     teacher_hidden: tuple[torch.Tensor, ...] | None = None,
 ) -> LossTerms:
-    """Loss terms summed over the targets: position t predicts token t + 1. The caller divides by the targets of the
-    whole global batch, so accumulation and sharding do not change the weight of a token."""
+    """Position t predicts token t + 1. Sums are divided by the targets of the whole global batch (``batchmean``: by its
+    sequences, the hidden-state term not), so accumulation and sharding do not change the weight of a token."""
     is_target = learned[:, 1:].reshape(-1)
     targets = input_ids[:, 1:].reshape(-1)[is_target]
     ce_weight = config.cross_entropy_weight or float(config.teacher == "none")
@@ -85,8 +87,9 @@ def distillation_loss(
         config.kl_weight,
         ce_weight,
     )
+    total = total / max(1, num_sequences if config.kl_reduction == "batchmean" else num_targets)
     if config.hidden != "none":
-        total = total + config.hidden_weight * sum(
+        total = total + config.hidden_weight / max(1, num_targets) * sum(
             _hidden_term(_rows(s, is_target).float(), _rows(t, is_target).float(), config.hidden)
             for s, t in zip(student_hidden, teacher_hidden, strict=True)
         )
@@ -105,8 +108,3 @@ def _hidden_term(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> tor
         return (student - teacher).square().mean(-1).sum()
     normalise = torch.nn.functional.normalize
     return (normalise(student, dim=-1) - normalise(teacher, dim=-1)).square().sum()
-
-
-def divisor(config: LossConfig, targets: int, sequences: int) -> int:
-    """What the summed terms of a global batch are divided by."""
-    return sequences if config.kl_reduction == "batchmean" else targets

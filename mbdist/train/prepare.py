@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.convert import convert_model
-from mbdist.data import load_corpus
+from mbdist.data import Corpus, load_corpus
 from mbdist.errors import UserError
 from mbdist.model.layers import bits_per_weight
 from mbdist.model.loading import (
@@ -50,25 +53,25 @@ def teacher_source(config: RunConfig) -> ModelConfig | None:
 
 
 def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
-    """Convert and tokenise, unless an earlier run with the same settings did."""
+    """Tokenise and convert, unless an earlier run with the same settings did."""
     teacher_source(config)  # a contradiction here is better found before the work than after
     marker, key = Path(config.run_dir) / "prepared.json", _key(config)
     if _is_prepared(config, key):
         metrics.write("prepared", reused=True)
-    else:
-        marker.unlink(missing_ok=True)
-        if student_source(config) is not config.model:
-            _convert(config, metrics)
-    source = student_source(config)
-    check_window(config.data.window, load_model_config(source), "data.window")
+        return
+    marker.unlink(missing_ok=True)
+    check_window(config.data.window, load_model_config(config.model), "data.window")
+    tokenizer = load_tokenizer(config.model)
     metrics.write("tokenizing")
-    corpus = load_corpus(config.data, load_tokenizer(source))
+    corpus = load_corpus(config.data, tokenizer)
     if len(corpus.train) < config.train.sequences_per_step:
         raise UserError(
             f"the training data fills {len(corpus.train)} windows, less than the {config.train.sequences_per_step} "
             "sequences of one step: give more text, a smaller data.window or train.sequences_per_step"
         )
     metrics.write("tokenized", train_windows=len(corpus.train), eval_windows=len(corpus.eval))
+    if student_source(config) is not config.model:
+        _convert(config, tokenizer, corpus, metrics)
     marker.write_text(json.dumps({"key": key}))
 
 
@@ -79,23 +82,21 @@ def wait_until_prepared(config: RunConfig) -> None:
         time.sleep(0.2)
 
 
-def _convert(config: RunConfig, metrics: MetricsWriter) -> None:
+def _convert(config: RunConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, metrics: MetricsWriter) -> None:
     metrics.write("loading", model=config.model.path)
     model = load_model(config.model)
-    check_window(config.data.window, model.config, "data.window")  # before the work
-    tokenizer = load_tokenizer(config.model)
-    errors = {}
     metrics.write("converting", planes=config.convert.planes, init=config.convert.init)
-    for report in convert_model(model, config.convert):
-        errors[report.name] = round(report.relative_error, 5)
+    windows = min(len(corpus.train), math.ceil(config.convert.calibration_tokens / config.data.window))
+    calibration = corpus.train.select(range(windows)).iter(batch_size=config.train.micro_batch)
+    reports = list(convert_model(model, config.convert, (batch["input_ids"].long() for batch in calibration)))
     save_model(model, tokenizer, Path(config.run_dir) / "converted")
     metrics.write(
         "converted",
-        layers=len(errors),
+        layers=len(reports),
         planes=config.convert.planes,
         bits_per_weight=bits_per_weight(model),
-        mean_relative_error=sum(errors.values()) / len(errors),
-        relative_error=errors,
+        mean_relative_error=sum(report.relative_error for report in reports) / len(reports),
+        relative_error={report.name: round(report.relative_error, 5) for report in reports},
     )
 
 

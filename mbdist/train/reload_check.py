@@ -30,11 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--prompt")
+    parser.add_argument("--trust-remote-code", action="store_true")
     arguments = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.folder, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
+    )
     found = {"planes_sha256": hash_planes(model)}
     if arguments.prompt:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder, trust_remote_code=arguments.trust_remote_code)
         found["generated"] = generate(model, tokenizer, arguments.prompt, max_new_tokens=16)
     print(json.dumps(found))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
-from mbdist.data import Batches, load_corpus
+from mbdist.data import Batch, Batches, load_corpus
 from mbdist.engine import Engine
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_tensors
@@ -24,11 +23,10 @@ from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport
 from mbdist.train.environment import compute_dtype, set_up_worker
 from mbdist.train.evaluate import perplexity
-from mbdist.train.loss import distillation_loss, divisor
+from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import prepare, student_source, teacher_source, wait_until_prepared
-
-_log = logging.getLogger(__name__)
+from mbdist_kernels import fold_key
 
 
 def run_worker(config: RunConfig) -> None:
@@ -191,24 +189,27 @@ class Trainer:
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)
         losses[3] = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
         targets = int(self.communicator.all_reduce_sum(losses[3:].clone(), "statistics"))
-        divide_by = max(1, divisor(config.loss, targets, config.train.sequences_per_step))
         report = None
         for a, batch in enumerate(micro_batches):
-            terms = self._loss(batch)
+            # Dropout, where a model has it, follows the data: the same masks for any number of workers.
+            torch.manual_seed(fold_key(config.seed, step, a * ranks + self.communicator.rank))
+            terms = self._loss(batch, targets)
             losses[:3] += torch.tensor([terms.total.item(), terms.kl, terms.cross_entropy], device=self.device)
             # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over the global batch.
-            self.engine.backward(terms.total * (ranks * config.accumulation / divide_by))
+            self.engine.backward(terms.total * (ranks * config.accumulation))
             self.boolean.finish_micro_batch()
             last = a + 1 == config.accumulation
             finite = not last or self.boolean.all_finite(losses[0])
             if last:
                 report = self.boolean.step() if finite else self.boolean.skip()
+            self.learning_rate = self.engine.learning_rate  # of this step: the schedule advances in it
             self.engine.step(apply=finite)
         self.communicator.all_reduce_sum(losses, "statistics")
-        losses[:3] /= torch.tensor([divide_by, max(1, targets), max(1, targets)], device=self.device)
+        losses[1:3] /= max(1, targets)
         return report, losses
 
-    def _loss(self, batch):
+    def _loss(self, batch: Batch, targets: int) -> LossTerms:
+        """Loss of one micro-batch as its share of the global batch, which has ``targets`` targets."""
         ids, learned = batch.input_ids.to(self.device), batch.learned.to(self.device)
         hidden = self.config.loss.hidden != "none"
         taught = self._teach(ids, hidden) if self.teacher is not None else None
@@ -219,6 +220,8 @@ class Trainer:
             ids,
             learned,
             self.config.loss,
+            targets,
+            self.config.train.sequences_per_step,
             output.hidden_states[1:] if hidden else None,
             taught.hidden_states[1:] if hidden else None,
         )
@@ -244,7 +247,7 @@ class Trainer:
             flip_rate=report.total() / trained_bits if report else 0.0,
             flip_cap=report.cap_rate if report else 0.0,
             flips=report.flips if report else {},
-            learning_rate=self.engine.learning_rate,
+            learning_rate=self.learning_rate,
             gradient_norm=self.engine.gradient_norm,
             tokens_per_s=tokens / seconds,
             seconds=seconds,

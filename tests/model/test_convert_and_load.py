@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from mbdist.config.schema import ConvertConfig, ModelConfig
 from mbdist.convert import convert_model
+from mbdist.convert.calibrated import calibrated
+from mbdist.convert.calibration import LayerStatistics, calibrate
 from mbdist.convert.joint import joint, nearest_signs, sweep
 from mbdist.convert.svid import rank_one_magnitude, svid
 from mbdist.errors import UserError
@@ -19,6 +21,7 @@ from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
 from mbdist.model.loading import is_multi_boolean, load_model
 from mbdist.model.saving import replaced_folder, save_model
+from mbdist_kernels import dequantize
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
@@ -80,6 +83,59 @@ def test_joint_of_a_zero_matrix_is_finite():
     assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
 
 
+def test_calibrated_keeps_outputs_better_than_joint():
+    """Correlated, unequal inputs: relative output error^2 on fresh data of the same kind, K = 2."""
+    torch.manual_seed(0)
+    mix = torch.randn(96, 96) * torch.rand(96).mul(3).exp()[:, None] / 10
+    x, fresh = torch.randn(2000, 96) @ mix.T, torch.randn(500, 96) @ mix.T
+    weight = torch.randn(64, 96)
+    statistics = LayerStatistics(x.T @ x, torch.rand(64) + 0.1)
+    reference = fresh @ weight.T
+
+    def output_error(found):
+        dense = dequantize(found.planes, found.scale_out, found.scale_in)
+        return ((fresh @ dense.T - reference).square().sum() / reference.square().sum()).item()
+
+    errors = [output_error(found) for found in (svid(weight, 2), joint(weight, 2), calibrated(weight, 2, statistics))]
+    assert errors[2] < 0.5 * errors[1] < errors[0], errors
+
+
+def test_calibrated_survives_inputs_that_are_never_active():
+    gram = torch.zeros(40, 40)
+    gram[0, 0] = 5.0
+    for statistics in (LayerStatistics(gram, torch.zeros(8)), LayerStatistics(torch.zeros(40, 40), torch.zeros(8))):
+        found = calibrated(torch.randn(8, 40), 2, statistics)
+        assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_calibration_collects_the_moments_of_inputs_and_output_gradients(architecture):
+    model = models.small_model(architecture)
+    layers = convertible_layers(model)
+    name = list(layers)[-1]
+    seen = {}
+    layers[name].register_forward_hook(lambda _l, inputs, output: seen.update(x=inputs[0], y=output))
+    ids = torch.randint(0, models.VOCABULARY, (2, 16))
+    found = calibrate(model, layers, [ids, ids])
+    loss = model(ids, labels=ids).loss
+    (gradient,) = torch.autograd.grad(loss, seen["y"])
+    x = seen["x"].detach().flatten(0, -2)
+    torch.testing.assert_close(found[name].gram, 2 * x.T @ x, rtol=1e-3, atol=1e-4)
+    expected = 2 * gradient.flatten(0, -2).square().sum(0)
+    torch.testing.assert_close(found[name].output_squares, expected, rtol=1e-3, atol=1e-9)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "left as it was"
+
+
+def test_calibrated_conversion_of_a_model_is_deterministic():
+    ids = torch.randint(0, models.VOCABULARY, (4, 32))
+    hashes = set()
+    for _ in range(2):
+        model = models.small_model()
+        list(convert_model(model, ConvertConfig(init="calibrated"), list(ids.split(2))))
+        hashes.add(hash_planes(model))
+    assert len(hashes) == 1
+
+
 def test_svid_of_a_zero_matrix_is_finite():
     found = svid(torch.zeros(8, 40), 2)
     assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
@@ -91,7 +147,7 @@ def test_convert_save_load(architecture, tmp_path, tokenizer):
     ids = torch.randint(0, models.VOCABULARY, (2, 16))
     float_logits = model(ids).logits
     total = len(convertible_layers(model))
-    reports = list(convert_model(model, ConvertConfig(planes=4)))
+    reports = list(convert_model(model, ConvertConfig(planes=4, init="joint")))
     assert len(reports) == total == len(list(boolean_layers(model)))
     assert all(0 < report.relative_error < 0.1 for report in reports)
     assert 4 < bits_per_weight(model) < 10
@@ -106,7 +162,7 @@ def test_convert_save_load(architecture, tmp_path, tokenizer):
 
 def test_scales_stay_fp32_whatever_the_model_is_loaded_in(tmp_path, tokenizer):
     model = models.small_model()
-    list(convert_model(model, ConvertConfig()))
+    list(convert_model(model, ConvertConfig(init="joint")))
     save_model(model, tokenizer, tmp_path / "out")
     loaded = load_model(ModelConfig(path=str(tmp_path / "out")), torch.bfloat16)
     for (_, old), (_, new) in zip(boolean_layers(model), boolean_layers(loaded), strict=True):
@@ -118,19 +174,19 @@ def test_head_embeddings_and_ties_are_kept():
     model = models.small_model("llama")
     names = set(convertible_layers(model))
     assert "lm_head" not in names and len(names) == 14
-    list(convert_model(model, ConvertConfig()))
+    list(convert_model(model, ConvertConfig(init="joint")))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.dtype == torch.float32
 
 
 def test_layers_are_chosen_by_pattern():
     model = models.small_model("llama")
-    reports = list(convert_model(model, ConvertConfig(include=["*.mlp.*"], exclude=["*.1.*"])))
+    reports = list(convert_model(model, ConvertConfig(init="joint", include=["*.mlp.*"], exclude=["*.1.*"])))
     assert [report.name for report in reports] == [
         f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     ]
     with pytest.raises(UserError, match=r"no linear layer is left by include=\['nothing'\]"):
-        list(convert_model(models.small_model(), ConvertConfig(include=["nothing"])))
+        list(convert_model(models.small_model(), ConvertConfig(init="joint", include=["nothing"])))
 
 
 def test_model_without_linear_layers_is_refused():
@@ -142,12 +198,12 @@ def test_damaged_weights_are_refused():
     model = models.small_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj holds NaN"):
-        list(convert_model(model, ConvertConfig()))
+        list(convert_model(model, ConvertConfig(init="joint")))
 
 
 def test_generation_works(tmp_path, tokenizer):
     model = models.small_model()
-    list(convert_model(model, ConvertConfig(planes=3)))
+    list(convert_model(model, ConvertConfig(planes=3, init="joint")))
     save_model(model, tokenizer, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     output = loaded.generate(**tokenizer("The value", return_tensors="pt"), max_new_tokens=5, do_sample=False)
@@ -167,7 +223,7 @@ def test_a_failed_save_leaves_the_previous_one_whole(tmp_path):
 
 def test_a_folder_that_lacks_a_plane_does_not_pass_for_whole(tmp_path, tokenizer):
     model = models.small_model()
-    list(convert_model(model, ConvertConfig()))
+    list(convert_model(model, ConvertConfig(init="joint")))
     save_model(model, tokenizer, tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.plane_1"]

@@ -153,3 +153,37 @@ def test_works_with_checkpointing_and_in_inference_mode():
     assert torch.equal(layer.scale_in.grad, expected)
     with torch.inference_mode():
         assert torch.equal(layer(x), plain)
+
+
+def test_serving_before_training_in_one_process():
+    """The shared buffer that an inference-mode pass made must be writable afterwards."""
+    layer = random_layer(300, 500, 2, bias=False)  # larger than any buffer of the tests above
+    x = torch.randn(4, 500, requires_grad=True)
+    with torch.inference_mode():
+        served = layer(x)
+    trained = layer(x)
+    trained.sum().backward()
+    assert torch.equal(served, trained) and x.grad is not None
+
+
+def test_a_model_cast_to_bf16_still_works():
+    layer = random_layer(40, 64, 2, bias=True)
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    found = layer.to(torch.bfloat16)(x.bfloat16())
+    assert_near(found, expected.double(), 3e-2)
+    found.sum().backward()
+    assert torch.isfinite(layer.scale_in.grad).all()
+
+
+def test_threads_do_not_share_a_buffer():
+    from concurrent.futures import ThreadPoolExecutor
+
+    layers = [random_layer(200, 256, 2, bias=False) for _ in range(2)]
+    x = torch.randn(1, 256)
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(100):
+                found = list(pool.map(lambda layer: torch.no_grad()(layer)(x), layers))
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -3,7 +3,7 @@ import torch
 
 from mbdist.config.schema import LossConfig
 from mbdist.train import loss as loss_module
-from mbdist.train.loss import distillation_loss, divisor
+from mbdist.train.loss import distillation_loss
 
 
 def example(vocabulary=50):
@@ -46,7 +46,7 @@ def test_matches_float64_autograd(monkeypatch, config, chunk_bytes):
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", chunk_bytes)
     student, teacher, ids, learned = example()
     student.requires_grad_()
-    terms = distillation_loss(student, teacher, ids, learned, config)
+    terms = distillation_loss(student, teacher, ids, learned, config, 1, 1)
     terms.total.backward()
     total, kl, ce, grad = oracle(student.detach(), teacher, ids, learned, config)
     torch.testing.assert_close(terms.total.double(), total, rtol=1e-5, atol=1e-5)
@@ -56,7 +56,7 @@ def test_matches_float64_autograd(monkeypatch, config, chunk_bytes):
 
 def test_without_a_teacher_the_loss_is_cross_entropy():
     student, _, ids, learned = example()
-    terms = distillation_loss(student, None, ids, learned, LossConfig(teacher="none"))
+    terms = distillation_loss(student, None, ids, learned, LossConfig(teacher="none"), 1, 1)
     assert terms.total.item() == pytest.approx(terms.cross_entropy, rel=1e-6)
 
 
@@ -66,9 +66,9 @@ def test_hidden_term(kind):
     hidden = tuple(torch.randn(2, 9, 12) for _ in range(3))
     other = tuple(torch.randn(2, 9, 12) for _ in range(3))
     config = LossConfig(hidden=kind, hidden_weight=2.0)
-    plain = distillation_loss(student, teacher, ids, learned, LossConfig()).total
-    same = distillation_loss(student, teacher, ids, learned, config, hidden, hidden).total
-    apart = distillation_loss(student, teacher, ids, learned, config, hidden, other).total
+    plain = distillation_loss(student, teacher, ids, learned, LossConfig(), 1, 1).total
+    same = distillation_loss(student, teacher, ids, learned, config, 1, 1, hidden, hidden).total
+    apart = distillation_loss(student, teacher, ids, learned, config, 1, 1, hidden, other).total
     mask = learned[:, 1:]
     expected = 0.0
     for s, t in zip(hidden, other, strict=True):
@@ -81,6 +81,19 @@ def test_hidden_term(kind):
     torch.testing.assert_close(apart - plain, 2.0 * expected.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_divisor():
-    assert divisor(LossConfig(), targets=100, sequences=4) == 100
-    assert divisor(LossConfig(kl_reduction="batchmean"), targets=100, sequences=4) == 4
+def test_sums_are_divided_by_targets_or_sequences():
+    student, teacher, ids, learned = example()
+    hidden, other = (torch.randn(2, 9, 12),), (torch.randn(2, 9, 12),)
+
+    def loss(targets, sequences, **settings):
+        config = LossConfig(**settings)
+        states = (hidden, other) if config.hidden != "none" else ()
+        return distillation_loss(student, teacher, ids, learned, config, targets, sequences, *states).total
+
+    whole = loss(1, 1)
+    torch.testing.assert_close(loss(10, 4), whole / 10)
+    torch.testing.assert_close(loss(10, 4, kl_reduction="batchmean"), whole / 4)
+    term = (
+        loss(1, 1, hidden="mse") - whole
+    )  # batchmean is about the KL: the hidden term is a mean over tokens either way
+    torch.testing.assert_close(loss(10, 4, hidden="mse", kl_reduction="batchmean"), whole / 4 + term / 10)

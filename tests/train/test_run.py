@@ -101,25 +101,32 @@ def test_the_same_run_gives_the_same_bits(finished, tmp_path, llama_folder):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+VARIANTS = {
+    "checkpointing": {"train": {"activation_checkpointing": True}},
+    "no teacher": {"loss": {"teacher": "none"}},
+    "hidden states": {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
+    "norms in bf16": {"floats": {"also_train": ["*norm*"]}, "train": {"precision": "bf16"}},
+    "raw rule": {"boolean": {"signal": "raw", "step_size": 3000.0}, "comm": {"codec": "bf16"}},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"train": {"activation_checkpointing": True}},
-        {"loss": {"teacher": "none"}},
-        {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
-        {"floats": {"also_train": ["*norm*"]}, "train": {"precision": "bf16"}},
-        {"boolean": {"signal": "raw"}, "comm": {"codec": "bf16"}},
-    ],
-    ids=["checkpointing", "no teacher", "hidden states", "norms in bf16", "raw rule"],
-)
-def test_variants_run_and_learn(tmp_path, llama_folder, changes):
-    settings = models.run_settings(tmp_path / "run", llama_folder)
-    for section, values in changes.items():
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_flip_and_learn(finished, tmp_path, llama_folder, name):
+    settings = finished_settings(tmp_path / "run", llama_folder)
+    for section, values in VARIANTS[name].items():
         settings[section] = {**settings.get(section, {}), **values}
     run_in_process(settings, tmp_path)
-    losses = [r["loss"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if r["event"] == "step"]
-    assert len(losses) == 4 and all(loss == loss and loss > 0 for loss in losses)
+    steps = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "step"]
+    losses = [record["loss"] for record in steps]
+    assert sum(losses[-3:]) / 3 < losses[0], losses
+    assert sum(sum(record["flips"].values()) for record in steps) > 0
+    before, after = planes_of(tmp_path / "run/converted")[1], planes_of(tmp_path / "run/model")[1]
+    moved = not torch.equal(before.model.norm.weight, after.model.norm.weight)
+    assert moved == (name == "norms in bf16")
+    if name == "checkpointing":
+        expected = planes_of(finished[0] / "model")[0]
+        assert all(torch.equal(words, expected[key]) for key, words in planes_of(tmp_path / "run/model")[0].items())
 
 
 @pytest.mark.slow

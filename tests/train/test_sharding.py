@@ -57,6 +57,15 @@ def test_same_planes_for_any_workers_and_stage(tmp_path, llama_folder, alone, wo
 
 
 @pytest.mark.slow
+def test_dropout_follows_the_data_and_not_the_workers(tmp_path):
+    """GPT-2 drops out 10 % in training; its Conv1D layers go through here too."""
+    model = models.save_small_model(tmp_path / "gpt2", "gpt2")
+    digest, flips, _ = train(tmp_path, model, 1, 0)
+    assert sum(sum(step.values()) for step in flips) > 100
+    assert train(tmp_path, model, 2, 1)[:2] == (digest, flips)
+
+
+@pytest.mark.slow
 def test_activation_checkpointing_under_zero_3_changes_nothing(tmp_path, llama_folder, alone):
     digest, flips, _ = train(tmp_path, llama_folder, 2, 3, activation_checkpointing=True)
     assert flips == alone[1] and digest == alone[0]

