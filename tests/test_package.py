@@ -1,5 +1,6 @@
 """What a user installs, and the rules that the code base holds itself to."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -13,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_wheel_works_in_a_clean_environment(tmp_path):
     """Builds the wheel, installs it alone into a new environment, and runs it outside the checkout."""
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    source = tmp_path / "source"  # a copy: setuptools would put modules of an earlier build into the wheel
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info"))
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     subprocess.run(build, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("mbdist-*.whl")
     venv.create(tmp_path / "env", with_pip=True)

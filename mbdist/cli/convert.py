@@ -89,8 +89,9 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
             f"{report.relative_error:.4f}",
         )
     console.print(table)
+    size = sum(parameter.nbytes for parameter in model.parameters())  # what stays float included
     mean = sum(report.relative_error for report in reports) / len(reports)
     console.print(
         f"{len(reports)} layers, {bits_per_weight(model):.3f} bits a weight (scales included), "
-        f"mean relative error {mean:.4f}; written to {output}"
+        f"mean relative error {mean:.4f}; all parameters {size / 2**20:,.0f} MiB; written to {output}"
     )

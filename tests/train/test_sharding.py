@@ -5,6 +5,7 @@ import sys
 
 import models
 import pytest
+import torch
 import yaml
 
 from mbdist.model.hashing import hash_planes
@@ -14,15 +15,18 @@ from mbdist.train.metrics import read_metrics
 CASES = [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)]
 
 
-def train(tmp_path, model, workers, stage, **train_section):
+def train(tmp_path, model, workers, stage, lr=0.0, **train_section):
+    """(digest of the planes, flips by step, step records).
+
+    The sum of the scales' gradients over ranks is DeepSpeed's, in floats, and its order depends on the ranks: with the
+    scales at rest (lr 0), everything that decides a flip is reduced in a fixed order.
+    """
     run_dir = tmp_path / f"{workers}x{stage}"
     settings = models.run_settings(
         run_dir,
         model,
         cluster={"workers": workers, "zero_stage": stage, "cpus_per_worker": 1},
-        # The sum of the scales' gradients over ranks is DeepSpeed's, in floats, and its order depends on the ranks.
-        # With the scales at rest, everything that decides a flip is reduced in a fixed order.
-        floats={"lr": 0.0},
+        floats={"lr": lr},
         data={"max_eval_windows": 2},
         train=train_section,
     )
@@ -69,3 +73,19 @@ def test_dropout_follows_the_data_and_not_the_workers(tmp_path):
 def test_activation_checkpointing_under_zero_3_changes_nothing(tmp_path, llama_folder, alone):
     digest, flips, _ = train(tmp_path, llama_folder, 2, 3, activation_checkpointing=True)
     assert flips == alone[1] and digest == alone[0]
+
+
+@pytest.mark.slow
+def test_the_scales_move_alike_for_any_workers_and_stage(tmp_path, llama_folder):
+    """One step of the float path: averaging over ranks and accumulation, clipping, AdamW."""
+    scales = {}
+    for workers, stage in ((1, 0), (2, 2), (3, 3)):
+        train(tmp_path, llama_folder, workers, stage, lr=1e-2, steps=1, max_grad_norm=0.01)
+        model = load_model(ModelConfig(path=str(tmp_path / f"{workers}x{stage}/model")))
+        scales[workers] = torch.cat([p.flatten() for name, p in model.named_parameters() if ".scale_" in name])
+    start = load_model(ModelConfig(path=str(tmp_path / "1x0/converted")))
+    before = torch.cat([p.flatten() for name, p in start.named_parameters() if ".scale_" in name])
+    assert (scales[1] - before).abs().mean() > 1e-3, "the scales must move"
+    for workers in (2, 3):
+        # AdamW's first step is the sign of the gradient, so a gradient of almost 0 may fall either way
+        assert ((scales[workers] - scales[1]).abs() > 1e-5).float().mean() < 1e-2
