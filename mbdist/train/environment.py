@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -54,6 +56,17 @@ def set_up_worker(config: RunConfig) -> torch.device:
             f"start {config.cluster.workers}, or set cluster.workers={dist.get_world_size()}"
         )
     return device
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """While one worker works and the others of its machine wait for it, it may use their cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _join_group(config: RunConfig, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from mbdist.model.layers import bits_per_weight, boolean_layers
 from mbdist.model.loading import load_model, load_tokenizer
 from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport
-from mbdist.train.environment import compute_dtype, set_up_worker
+from mbdist.train.environment import all_cores, compute_dtype, set_up_worker
 from mbdist.train.evaluate import perplexity
 from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
@@ -35,7 +35,8 @@ def run_worker(config: RunConfig) -> None:
     communicator = Communicator(config.comm.timeout_s)
     metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl", active=communicator.rank == 0)
     if communicator.rank == 0:
-        prepare(config, metrics)
+        with all_cores():
+            prepare(config, metrics)
     else:
         wait_until_prepared(config)
     trainer = Trainer(config, device, communicator, metrics)
