@@ -85,7 +85,7 @@ def run_settings(run_dir: Path, model: Path, **sections) -> dict:
     settings = {
         "run_dir": str(run_dir),
         "model": {"path": str(model)},
-        "convert": {"planes": 2},
+        "convert": {"planes": 2, "init": "svid"},  # leaves the most to learn
         "data": {
             "train": {"type": "python_docs"},
             "window": 32,

@@ -21,6 +21,7 @@ def launch(tmp_path, settings, check=True):
 @pytest.mark.slow
 def test_two_workers_convert_train_and_save(tmp_path, llama_folder):
     settings = models.run_settings(tmp_path / "run", llama_folder, cluster={"workers": 2, "zero_stage": 2})
+    settings["convert"]["init"] = "calibrated"
     settings["run_dir"] = "run"  # relative: means the same to Ray's workers as to the user
     done = launch(tmp_path, settings)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
