@@ -59,7 +59,7 @@ def _openmp_flags() -> list[str]:
 
 
 @functools.cache
-def library() -> Any:
+def accelerator() -> Any:
     """The compiled accelerator (a ``ctypes.CDLL``), or None where it is switched off or cannot be built."""
     if os.environ.get("MBDIST_NATIVE", "1") == "0":
         return None
@@ -108,7 +108,7 @@ def serves(*tensors: torch.Tensor) -> bool:
             return False
         if tensor.stride(-1) != 1 or (tensor.dtype == torch.bfloat16 and not tensor.is_contiguous()):
             return False
-    return library() is not None
+    return accelerator() is not None
 
 
 def takes_scales(*scales: torch.Tensor) -> bool:
@@ -144,7 +144,7 @@ def _describe(
 
 def dequantize(planes, scale_out, scale_in, out) -> None:
     view, _alive = _describe(planes, scale_out, scale_in)
-    library().mbdist_dequantize(
+    accelerator().mbdist_dequantize(
         ctypes.byref(view), _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), torch.get_num_threads()
     )
 
@@ -155,7 +155,7 @@ def scale_gradients_and_signal(
     view, _alive = _describe(planes, scale_out, scale_in)
     row_factor, column_factor = factors if factors is not None else (None, None)
     gradient = gradient.contiguous()
-    library().mbdist_scale_gradients_and_signal(
+    accelerator().mbdist_scale_gradients_and_signal(
         ctypes.byref(view),
         _pointer(gradient),
         ctypes.c_int(gradient.dtype == torch.bfloat16),
@@ -172,7 +172,7 @@ def scale_gradients_and_signal(
 def column_square_sums(values) -> torch.Tensor:
     values = values.contiguous()
     sums = torch.empty(values.shape[1], dtype=torch.float64)
-    library().mbdist_column_square_sums(
+    accelerator().mbdist_column_square_sums(
         _pointer(values),
         ctypes.c_int(values.dtype == torch.bfloat16),
         *map(ctypes.c_int64, values.shape),
@@ -186,7 +186,7 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     from mbdist_kernels.flip_update import FIXED_ONE, THRESHOLD
 
     signals = signals.contiguous()
-    library().mbdist_accumulate_signal(
+    accelerator().mbdist_accumulate_signal(
         _pointer(accumulator),
         _pointer(signals),
         *map(ctypes.c_int64, signals.shape),
@@ -203,7 +203,7 @@ def count_candidates(accumulator, words) -> torch.Tensor:
     from mbdist_kernels.flip_update import LEVELS, THRESHOLD
 
     histogram = torch.zeros(LEVELS, dtype=torch.int64)
-    library().mbdist_count_candidates(
+    accelerator().mbdist_count_candidates(
         _pointer(accumulator),
         _pointer(words),
         ctypes.c_int64(words.numel()),
@@ -215,7 +215,7 @@ def count_candidates(accumulator, words) -> torch.Tensor:
 
 def find_candidates(accumulator, words, level) -> torch.Tensor:
     arguments = (_pointer(accumulator), _pointer(words), ctypes.c_int64(words.numel()), ctypes.c_int(level))
-    search = library().mbdist_find_candidates
+    search = accelerator().mbdist_find_candidates
     search.restype = ctypes.c_int64
     found = torch.empty(search(*arguments, None), dtype=torch.int64)
     search(*arguments, _pointer(found))
@@ -224,7 +224,7 @@ def find_candidates(accumulator, words, level) -> torch.Tensor:
 
 def select_flips(accumulator, words, level) -> torch.Tensor:
     masks = torch.empty(words.numel(), dtype=torch.int32)
-    library().mbdist_select_flips(
+    accelerator().mbdist_select_flips(
         _pointer(accumulator),
         _pointer(words),
         ctypes.c_int64(words.numel()),

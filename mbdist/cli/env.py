@@ -44,7 +44,7 @@ def env() -> None:
         "cuda": torch.version.cuda,
         "device": device.type,
         "compute_type": str(compute_dtype("auto", device)).removeprefix("torch."),
-        "cpu_accelerator": native.library() is not None,
+        "cpu_accelerator": native.accelerator() is not None,
         "backend": "nccl" if device.type == "cuda" else "gloo",
     }
     print(json.dumps(found, indent=2))

@@ -52,7 +52,7 @@ def test_accumulate_equals_plain_integers(seed, beta_q15, limit, first_word):
             m = oracle(m, float(signals[c, e]), beta, limit, keys[c], first_word * 32 + e)
         expected.append(m)
     for use_native in (False, True):
-        if use_native and native.library() is None:
+        if use_native and native.accelerator() is None:
             continue
         serves, native.serves = native.serves, native.serves if use_native else lambda *t: False
         try:
