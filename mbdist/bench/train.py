@@ -160,7 +160,7 @@ def _measure_boolean(config: RunConfig) -> dict:
     state = gradients + sum(
         memory[name] for name in ("planes", "trained_floats_and_moments", "accumulators", "curvature")
     )
-    weights = sum(plane.layer.num_weights for plane in trainer.boolean.planes)
+    weights = trainer.boolean.num_trained_bits
     versions = {name: importlib.metadata.version(name) for name in ("mbdist", "torch", "deepspeed", "transformers")}
     return {
         "step_s": step_s,

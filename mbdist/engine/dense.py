@@ -8,6 +8,7 @@ from torch import nn
 
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config
+from mbdist.engine.float_optimizer import optimizer_bytes
 
 
 class DenseEngine:
@@ -35,10 +36,5 @@ class DenseEngine:
 
     def state_bytes(self) -> int:
         """bf16 weights and gradients, fp32 masters and moments of what is trained."""
-        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
-        kept = {id(p): 2 * p.nbytes for p in trained}  # weight and gradient
-        for group in self.optimizer.param_groups:
-            kept.update({id(parameter): parameter.nbytes for parameter in group["params"]})
-        for state in self.optimizer.state.values():
-            kept.update({id(value): value.nbytes for value in state.values() if torch.is_tensor(value)})
-        return sum(kept.values())
+        trained = (p for p in self.engine.module.parameters() if p.requires_grad)
+        return optimizer_bytes(self.optimizer, trained, copies=2)

@@ -15,7 +15,7 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config
-from mbdist.engine.float_optimizer import SkippableAdamW
+from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.zero3 import PartitionedPlanes
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.schedule import warmup_cosine
@@ -77,12 +77,8 @@ class Engine:
 
     def float_state_bytes(self) -> int:
         """Bytes of the trained floats, masters and moments that this rank keeps between steps."""
-        kept = {id(p): p.nbytes for p in self.engine.module.parameters() if p.requires_grad and p.numel()}
-        for group in self.optimizer.param_groups:  # ZeRO puts its partitioned fp32 masters here
-            kept.update({id(parameter): parameter.nbytes for parameter in group["params"]})
-        for state in self.optimizer.state.values():
-            kept.update({id(value): value.nbytes for value in state.values() if torch.is_tensor(value)})
-        return sum(kept.values())
+        trained = (p for p in self.engine.module.parameters() if p.requires_grad)
+        return optimizer_bytes(self.optimizer, trained)
 
     def take_communication(self) -> Counter[str]:
         """Message bytes of DeepSpeed's collectives since the last call, by operation."""

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer, weights: Iterable[torch.Tensor], copies: int = 1) -> int:
+    """Bytes of weights (``copies`` times: 2 counts their gradients), of the fp32 masters that ZeRO puts in the
+    optimizer's groups where they are not the weights themselves, and of the optimizer's moments."""
+    kept = {id(weight): copies * weight.nbytes for weight in weights}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept.setdefault(id(parameter), parameter.nbytes)
+    for state in optimizer.state.values():
+        kept.update({id(value): value.nbytes for value in state.values() if torch.is_tensor(value)})
+    return sum(kept.values())
 
 
 class SkippableAdamW(torch.optim.AdamW):

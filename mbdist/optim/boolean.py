@@ -233,6 +233,10 @@ class BooleanOptimizer:
 
     # State.
 
+    @property
+    def num_trained_bits(self) -> int:
+        return sum(plane.layer.num_weights for plane in self.planes)
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank keeps between steps, by category."""
         return {

@@ -234,7 +234,6 @@ class Trainer:
 
     def _log_step(self, step: int, report: FlipReport | None, losses: torch.Tensor, seconds: float) -> None:
         loss, kl, cross_entropy, _ = losses.tolist()
-        trained_bits = sum(plane.layer.num_weights for plane in self.boolean.planes)
         tokens = self.config.train.sequences_per_step * self.config.data.window
         sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
         self.communicator.bytes_sent.clear()
@@ -245,7 +244,7 @@ class Trainer:
             kl=kl if self.teacher is not None else None,
             cross_entropy=cross_entropy,
             skipped=report is None,
-            flip_rate=report.total() / trained_bits if report else 0.0,
+            flip_rate=report.total() / self.boolean.num_trained_bits if report else 0.0,
             flip_cap=report.cap_rate if report else 0.0,
             flips=report.flips if report else {},
             learning_rate=self.learning_rate,
