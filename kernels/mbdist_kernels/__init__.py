@@ -2,39 +2,41 @@
 
 from mbdist_kernels.dequantize import dequantize, reused_scratch
 from mbdist_kernels.flip_update import (
+    ACCUMULATOR_FORMATS,
     FIXED_ONE,
-    LEVELS,
     LOTTERY_TICKETS,
     THRESHOLD,
+    TOP_RANK,
+    AccumulatorFormat,
     accumulate_signal,
-    count_candidates,
     draw_tickets,
     find_candidates,
-    select_flips,
+    flip_mask,
 )
 from mbdist_kernels.layout import WORD_BITS, pack_signs, popcount, unpack_bits, unpack_signs, words_per_row
-from mbdist_kernels.linear_backward import column_square_sums, scale_gradients_and_signal
+from mbdist_kernels.linear_backward import column_square_sums, scale_gradients_and_signals
 from mbdist_kernels.random import fold_key, random_bits
 
 __all__ = [
+    "ACCUMULATOR_FORMATS",
     "FIXED_ONE",
-    "LEVELS",
     "LOTTERY_TICKETS",
     "THRESHOLD",
+    "TOP_RANK",
     "WORD_BITS",
+    "AccumulatorFormat",
     "accumulate_signal",
     "column_square_sums",
-    "count_candidates",
     "dequantize",
     "draw_tickets",
     "find_candidates",
+    "flip_mask",
     "fold_key",
     "pack_signs",
     "popcount",
     "random_bits",
     "reused_scratch",
-    "scale_gradients_and_signal",
-    "select_flips",
+    "scale_gradients_and_signals",
     "unpack_bits",
     "unpack_signs",
     "words_per_row",

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -46,6 +47,13 @@ struct Planes {
   const float* scale_out;  // (K, row_stride)
   const float* scale_in;   // (K, n)
   int64_t count, out_stride, rows, columns, words_per_row;
+};
+
+struct Signals {  // each G * outer(row_factor, column_factor)
+  const float* row_factor[kMaxPlanes];
+  const float* column_factor[kMaxPlanes];
+  float* signal[kMaxPlanes];  // (rows, 32 words_per_row)
+  int64_t count;
 };
 
 template <int K, typename Out>
@@ -94,13 +102,13 @@ void dequantize_any(const Planes& p, Out* out, int threads) {
 
 template <int K, typename In>
 void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad_out_stride, float* grad_in,
-              const float* row_factor, const float* column_factor, float* signal, int threads) {
+              const Signals& out, int threads) {
   const int64_t blocks = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
   const int64_t padded = p.words_per_row * kWordBits;
   // The trailing columns of a ragged last word read zeros from these padded copies.
-  std::vector<float> in(K * padded, 0.0f), column(signal ? padded : 0, 0.0f);
+  std::vector<float> in(K * padded, 0.0f), column(out.count * padded, 0.0f);
   for (int k = 0; k < K; ++k) std::copy_n(p.scale_in + k * p.columns, p.columns, in.data() + k * padded);
-  if (signal) std::copy_n(column_factor, p.columns, column.data());
+  for (int64_t s = 0; s < out.count; ++s) std::copy_n(out.column_factor[s], p.columns, column.data() + s * padded);
   std::vector<float> partial(blocks * K * padded);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
@@ -111,7 +119,6 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
       float lanes[K][kWordBits] = {};
       float row_scale[K];
       for (int k = 0; k < K; ++k) row_scale[k] = p.scale_out[k * p.out_stride + i];
-      const float row = signal ? row_factor[i] : 0.0f;
       for (int64_t w = 0; w < p.words_per_row; ++w) {
         const int64_t first = w * kWordBits;
         const In* source = gradient + i * p.columns + first;
@@ -131,9 +138,10 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
             sums_k[b] += signed_g * row_scale[k];
           }
         }
-        if (signal) {
-          float* target = signal + i * padded + first;
-          const float* factor = column.data() + first;
+        for (int64_t s = 0; s < out.count; ++s) {
+          const float row = out.row_factor[s][i];
+          float* target = out.signal[s] + i * padded + first;
+          const float* factor = column.data() + s * padded + first;
           for (int b = 0; b < kWordBits; ++b) target[b] = g[b] * row * factor[b];
           if (first + kWordBits > p.columns)  // padding stays 0 even where g is not finite
             for (int64_t b = p.columns - first; b < kWordBits; ++b) target[b] = 0.0f;
@@ -154,17 +162,17 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
 }
 
 template <typename In>
-void backward_any(const Planes& p, const In* g, float* go, int64_t stride, float* gi, const float* rf, const float* cf,
-                  float* signal, int threads) {
+void backward_any(const Planes& p, const In* g, float* go, int64_t stride, float* gi, const Signals& out,
+                  int threads) {
   switch (p.count) {
-    case 1: return backward<1>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 2: return backward<2>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 3: return backward<3>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 4: return backward<4>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 5: return backward<5>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 6: return backward<6>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 7: return backward<7>(p, g, go, stride, gi, rf, cf, signal, threads);
-    case 8: return backward<8>(p, g, go, stride, gi, rf, cf, signal, threads);
+    case 1: return backward<1>(p, g, go, stride, gi, out, threads);
+    case 2: return backward<2>(p, g, go, stride, gi, out, threads);
+    case 3: return backward<3>(p, g, go, stride, gi, out, threads);
+    case 4: return backward<4>(p, g, go, stride, gi, out, threads);
+    case 5: return backward<5>(p, g, go, stride, gi, out, threads);
+    case 6: return backward<6>(p, g, go, stride, gi, out, threads);
+    case 7: return backward<7>(p, g, go, stride, gi, out, threads);
+    case 8: return backward<8>(p, g, go, stride, gi, out, threads);
   }
 }
 
@@ -228,15 +236,13 @@ void mbdist_dequantize(const Planes* planes, void* out, int is_bf16, int threads
     dequantize_any(*planes, static_cast<float*>(out), threads);
 }
 
-void mbdist_scale_gradients_and_signal(const Planes* planes, const void* gradient, int is_bf16, float* grad_out,
-                                       int64_t grad_out_stride, float* grad_in, const float* row_factor,
-                                       const float* column_factor, float* signal, int threads) {
+void mbdist_scale_gradients_and_signals(const Planes* planes, const void* gradient, int is_bf16, float* grad_out,
+                                        int64_t grad_out_stride, float* grad_in, const Signals* signals, int threads) {
   if (is_bf16)
-    backward_any(*planes, static_cast<const uint16_t*>(gradient), grad_out, grad_out_stride, grad_in, row_factor,
-                 column_factor, signal, threads);
+    backward_any(*planes, static_cast<const uint16_t*>(gradient), grad_out, grad_out_stride, grad_in, *signals,
+                 threads);
   else
-    backward_any(*planes, static_cast<const float*>(gradient), grad_out, grad_out_stride, grad_in, row_factor,
-                 column_factor, signal, threads);
+    backward_any(*planes, static_cast<const float*>(gradient), grad_out, grad_out_stride, grad_in, *signals, threads);
 }
 
 void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, int64_t columns, double* sums,
@@ -249,7 +255,7 @@ void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, in
 
 void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t contributions, int64_t elements,
                               int32_t beta_q15, int32_t limit_q, const uint32_t* keys, int64_t first_element,
-                              float unit, int threads) {
+                              float unit, int32_t bound, int threads) {
   const float limit = static_cast<float>(limit_q);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < elements; start += kWordBits) {
@@ -272,7 +278,7 @@ void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t
         // Round to nearest even by the magic number 1.5 * 2^23: |wanted| < 2^22, and it vectorises everywhere.
         const int32_t whole = static_cast<int32_t>((wanted + 12582912.0f) - 12582912.0f);
         const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
-        state[b] = std::min(std::max(moved, -127), 127);
+        state[b] = std::min(std::max(moved, -bound), bound);
       }
       beta = 1 << 15;
     }
@@ -280,50 +286,28 @@ void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t
   }
 }
 
-void mbdist_count_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int threshold,
-                             int64_t* histogram) {
-  for (int64_t w = 0; w < num_words; ++w) {
-    int8_t ranks[kWordBits];
-    ranks_of_word(accumulator + w * kWordBits, static_cast<uint32_t>(words[w]), ranks);
-    if (highest(ranks) < threshold) continue;
-    for (int b = 0; b < kWordBits; ++b)
-      if (ranks[b] >= threshold) ++histogram[ranks[b] - threshold];
-  }
-}
-
-// Returns how many elements stand at exactly this level; writes their indices where ``found`` is given.
-int64_t mbdist_find_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int level,
-                               int64_t* found) {
+// Returns how many elements stand at the threshold or above, by accumulator times sign, or by magnitude where ``words``
+// is null; writes their indices and accumulators where ``found`` is given.
+int64_t mbdist_find_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int threshold,
+                               int32_t* found, int8_t* values) {
   int64_t count = 0;
   for (int64_t w = 0; w < num_words; ++w) {
     int8_t ranks[kWordBits];
-    ranks_of_word(accumulator + w * kWordBits, static_cast<uint32_t>(words[w]), ranks);
-    if (highest(ranks) < level) continue;
+    if (words)
+      ranks_of_word(accumulator + w * kWordBits, static_cast<uint32_t>(words[w]), ranks);
+    else
+      for (int b = 0; b < kWordBits; ++b) ranks[b] = static_cast<int8_t>(std::abs(accumulator[w * kWordBits + b]));
+    if (highest(ranks) < threshold) continue;
     for (int b = 0; b < kWordBits; ++b)
-      if (ranks[b] == level) {
-        if (found) found[count] = w * kWordBits + b;
+      if (ranks[b] >= threshold) {
+        if (found) {
+          found[count] = static_cast<int32_t>(w * kWordBits + b);
+          values[count] = accumulator[w * kWordBits + b];
+        }
         ++count;
       }
   }
   return count;
-}
-
-void mbdist_select_flips(int8_t* accumulator, const int32_t* words, int64_t num_words, int level, int32_t* masks,
-                         int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t w = 0; w < num_words; ++w) {
-    int8_t* values = accumulator + w * kWordBits;
-    int8_t ranks[kWordBits];
-    ranks_of_word(values, static_cast<uint32_t>(words[w]), ranks);
-    uint32_t mask = 0;
-    if (highest(ranks) >= level)
-      for (int b = 0; b < kWordBits; ++b)
-        if (ranks[b] >= level) {
-          mask |= 1u << b;
-          values[b] = 0;
-        }
-    masks[w] = static_cast<int32_t>(mask);
-  }
 }
 
 }  // extern "C"

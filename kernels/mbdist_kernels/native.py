@@ -42,6 +42,15 @@ class _Planes(ctypes.Structure):
     ]
 
 
+class _Signals(ctypes.Structure):
+    _fields_ = [
+        ("row_factor", ctypes.c_void_p * _MAX_PLANES),
+        ("column_factor", ctypes.c_void_p * _MAX_PLANES),
+        ("signal", ctypes.c_void_p * _MAX_PLANES),
+        ("count", ctypes.c_int64),
+    ]
+
+
 def _processor() -> str:
     """What -march=native depends on: a home directory may be shared by machines of several kinds."""
     try:
@@ -149,22 +158,22 @@ def dequantize(planes, scale_out, scale_in, out) -> None:
     )
 
 
-def scale_gradients_and_signal(
-    gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, factors, signal
-) -> None:
+def scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, signals) -> None:
     view, _alive = _describe(planes, scale_out, scale_in)
-    row_factor, column_factor = factors if factors is not None else (None, None)
+    targets = _Signals(count=len(signals))
+    for i, (row_factor, column_factor, signal) in enumerate(signals):
+        targets.row_factor[i] = row_factor.data_ptr()
+        targets.column_factor[i] = column_factor.data_ptr()
+        targets.signal[i] = signal.data_ptr()
     gradient = gradient.contiguous()
-    accelerator().mbdist_scale_gradients_and_signal(
+    accelerator().mbdist_scale_gradients_and_signals(
         ctypes.byref(view),
         _pointer(gradient),
         ctypes.c_int(gradient.dtype == torch.bfloat16),
         _pointer(grad_scale_out),
         ctypes.c_int64(grad_scale_out.stride(0)),
         _pointer(grad_scale_in),
-        _pointer(row_factor),
-        _pointer(column_factor),
-        _pointer(signal),
+        ctypes.byref(targets),
         torch.get_num_threads(),
     )
 
@@ -182,9 +191,7 @@ def column_square_sums(values) -> torch.Tensor:
     return sums
 
 
-def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_element) -> None:
-    from mbdist_kernels.flip_update import FIXED_ONE, THRESHOLD
-
+def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
     signals = signals.contiguous()
     accelerator().mbdist_accumulate_signal(
         _pointer(accumulator),
@@ -194,42 +201,22 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
         ctypes.c_int32(limit_q),
         (ctypes.c_uint32 * len(keys))(*keys),
         ctypes.c_int64(first_element),
-        ctypes.c_float(THRESHOLD * FIXED_ONE),
+        ctypes.c_float(unit),
+        ctypes.c_int32(bound),
         torch.get_num_threads(),
     )
 
 
-def count_candidates(accumulator, words) -> torch.Tensor:
-    from mbdist_kernels.flip_update import LEVELS, THRESHOLD
-
-    histogram = torch.zeros(LEVELS, dtype=torch.int64)
-    accelerator().mbdist_count_candidates(
+def find_candidates(accumulator, words, threshold) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments = (
         _pointer(accumulator),
         _pointer(words),
-        ctypes.c_int64(words.numel()),
-        ctypes.c_int(THRESHOLD),
-        _pointer(histogram),
+        ctypes.c_int64(accumulator.numel() // 32),
+        ctypes.c_int(threshold),
     )
-    return histogram
-
-
-def find_candidates(accumulator, words, level) -> torch.Tensor:
-    arguments = (_pointer(accumulator), _pointer(words), ctypes.c_int64(words.numel()), ctypes.c_int(level))
     search = accelerator().mbdist_find_candidates
     search.restype = ctypes.c_int64
-    found = torch.empty(search(*arguments, None), dtype=torch.int64)
-    search(*arguments, _pointer(found))
-    return found
-
-
-def select_flips(accumulator, words, level) -> torch.Tensor:
-    masks = torch.empty(words.numel(), dtype=torch.int32)
-    accelerator().mbdist_select_flips(
-        _pointer(accumulator),
-        _pointer(words),
-        ctypes.c_int64(words.numel()),
-        ctypes.c_int(level),
-        _pointer(masks),
-        torch.get_num_threads(),
-    )
-    return masks
+    count = search(*arguments, None, None)
+    found, values = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.int8)
+    search(*arguments, _pointer(found), _pointer(values))
+    return found, values

@@ -9,8 +9,6 @@ memory is its own.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -19,8 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mbdist.bench.process import in_own_process
 from mbdist.config import RunConfig
-from mbdist.errors import RunError, UserError
+from mbdist.errors import UserError
 
 _WARM_UP_STEPS = 2  # the first builds kernels and measures curvature only
 
@@ -51,8 +50,8 @@ def bench_train(config: RunConfig, steps: int, json_file: Path | None) -> dict:
             f"{config.model.path}: {steps} steps of each kind, {config.train.sequences_per_step} sequences of "
             f"{config.data.window} tokens"
         )
-        ours = _in_own_process(_measure_boolean, config)
-        dense = _in_own_process(_measure_dense, config)
+        ours = in_own_process(_measure_boolean, config)
+        dense = in_own_process(_measure_dense, config)
     result = {
         "step_time_ratio": round(ours["step_s"] / dense["step_s"], 3),
         "state_bytes_per_weight": {
@@ -92,40 +91,6 @@ def bench_train(config: RunConfig, steps: int, json_file: Path | None) -> dict:
     return result
 
 
-def _in_own_process(measure, config: RunConfig) -> dict:
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(measure, config, send))
-    process.start()
-    send.close()
-    try:
-        result = receive.recv()
-    except EOFError:
-        raise RunError(f"{measure.__name__} failed; its output is above") from None
-    finally:
-        process.join()
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
-def _report(measure, config: RunConfig, send) -> None:
-    from mbdist.train.environment import pin_accelerator
-
-    try:
-        pin_accelerator(config)
-        result = measure(config)
-    except UserError as error:
-        send.send(error)
-        return
-    import torch
-
-    result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_initialized():
-        result["peak_rss"] = torch.cuda.max_memory_allocated()  # the memory that matters there
-    send.send(result)
-
-
 def _timed_steps(step, total: int) -> float:
     """Median seconds of the steps after the warm-up."""
     seconds = []
@@ -157,10 +122,9 @@ def _measure_boolean(config: RunConfig) -> dict:
     step_s = _timed_steps(trainer._step, config.train.steps)
     memory = trainer.memory_bytes()
     gradients = sum(p.nbytes for p in trainer.engine.module.parameters() if p.requires_grad)
-    state = gradients + sum(
-        memory[name] for name in ("planes", "trained_floats_and_moments", "accumulators", "curvature")
-    )
-    weights = trainer.boolean.num_trained_bits
+    of_linear = ("planes", "trained_floats_and_moments", "accumulators", "curvature", "flip_bookkeeping")
+    state = gradients + sum(memory[name] for name in of_linear)
+    weights = trainer.boolean.num_trained_weights
     versions = {name: importlib.metadata.version(name) for name in ("mbdist", "torch", "deepspeed", "transformers")}
     return {
         "step_s": step_s,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +13,19 @@ from mbdist.errors import UserError
 def convert(
     model: ModelPath,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
-    planes: Annotated[int, typer.Option(min=1, max=8, help="K: sign planes, bits a weight.")] = 2,
+    planes: Annotated[int | None, typer.Option(min=1, max=8, help="K: sign planes of every matrix (2).")] = None,
+    bits: Annotated[float | None, typer.Option(help="Average bits a weight with scales, instead of --planes.")] = None,
+    max_planes: Annotated[int, typer.Option(min=1, max=8, help="With --bits: most planes of a matrix.")] = 4,
+    allocation: Annotated[
+        str, typer.Option(help="With --bits: second_order (needs text) or residual.")
+    ] = "second_order",
     init: Annotated[str, typer.Option(help="How planes are found: calibrated, joint or svid.")] = "joint",
     include: Annotated[list[str] | None, typer.Option(help="Layers to convert, shell pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text to calibrate on, file or pattern; repeatable.")] = None,
     python_docs: Annotated[bool, typer.Option("--python-docs", help="Calibrate on Python's documentation.")] = False,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 8192,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 32768,
+    sequential: Annotated[bool, typer.Option(help="Later blocks see the converted earlier ones.")] = True,
     window: Annotated[int, typer.Option(min=8, help="Tokens a calibration window.")] = 512,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -28,29 +33,39 @@ def convert(
     """Turn a float model into a multi-Boolean one.
 
     Example: `mbdist convert path/or/hub-id out/2bit --planes 2 --init calibrated --python-docs`
+    Example: `mbdist convert path/or/hub-id out/2.5bit --bits 2.5 --init calibrated --text corpus.txt`
     """
-    from mbdist.convert.convert import INITIALIZATIONS, NEED_CALIBRATION
-
-    if init not in INITIALIZATIONS:
-        raise UserError(f"--init {init}: there is {', '.join(INITIALIZATIONS)}")
+    for option, value, allowed in (
+        ("--init", init, ("calibrated", "joint", "svid")),
+        ("--allocation", allocation, ("second_order", "residual")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
+    if planes is not None and bits is not None:
+        raise UserError("--planes and --bits exclude each other: name one")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
-    if (init in NEED_CALIBRATION) != (bool(text) != python_docs):
-        raise UserError(
-            f"--init {init} calibrates on text: name it with --text FILE, or --python-docs"
-            if init in NEED_CALIBRATION
-            else f"--text and --python-docs are for --init {', '.join(NEED_CALIBRATION)}; --init {init} needs no text"
-        )
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     settings = ConvertConfig(
-        planes=planes,
+        planes=planes or 2,
+        bits=bits,
+        max_planes=max_planes,
+        allocation=allocation,
         init=init,
         include=include or ["*"],
         exclude=exclude or [],
         calibration_tokens=calibration_tokens,
+        sequential=sequential,
     )
+    if settings.needs_calibration != (bool(text) != python_docs):
+        what = "--init calibrated" if init == "calibrated" else "--bits with --allocation second_order"
+        raise UserError(
+            f"{what} takes text to calibrate on: name it with --text FILE, or --python-docs"
+            if settings.needs_calibration
+            else f"--text and --python-docs are for calibration; --init {init} takes none here"
+        )
     data = None
-    if init in NEED_CALIBRATION:
+    if settings.needs_calibration:
         train = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
         data = DataConfig(train=train, window=window)
     _convert(source, settings, data, output)
@@ -62,6 +77,7 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
     from rich.table import Table
 
     from mbdist.convert import convert_model
+    from mbdist.data.calibration import calibration_batches
     from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight, convertible_layers
     from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
@@ -74,9 +90,8 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
     calibration = []
     if data is not None:
         check_window(data.window, model.config, "--window")
-        windows = load_windows(data.train, data, tokenizer).with_format("torch")
-        count = min(len(windows), math.ceil(settings.calibration_tokens / data.window))
-        calibration = [row["input_ids"].long()[None] for row in windows.select(range(count))]
+        windows = load_windows(data.train, data, tokenizer)
+        calibration = calibration_batches(windows, settings.calibration_tokens)
     total = len(convertible_layers(model, settings.include, settings.exclude))
     reports = list(track(convert_model(model, settings, calibration), "converting", total, console=console))
     save_model(model, tokenizer, output)

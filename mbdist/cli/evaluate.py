@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,51 +21,91 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    teacher: Annotated[str | None, typer.Option(help="Model to measure KL and top-1 agreement against.")] = None,
+    teacher_gguf_file: Annotated[str | None, typer.Option(help="Name of the teacher's GGUF file.")] = None,
+    preparation: Annotated[
+        str, typer.Option(help="packed, or as published tables have it (GPTQ): wikitext2, c4.")
+    ] = "packed",
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks for lm-eval instead of perplexity: names, comma between.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files (YAML).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples a task.")] = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure perplexity over windows of text; prints one JSON object.
+    """Measure a model; prints one JSON object.
+
+    Perplexity over windows of text, with --teacher also KL and agreement of the top-1 token, or zero-shot tasks.
 
     Example: `mbdist eval runs/quickstart/model --python-docs --window 256 --skip-windows 397`
+    Example: `mbdist eval out/2bit --text wiki.test.raw --preparation wikitext2 --window 2048`
+    Example: `mbdist eval out/2bit --tasks arc_easy,piqa`
     """
-    if bool(text) == python_docs:
-        raise UserError("name what to measure on: --text FILE, or --python-docs")
+    if (text is not None) + python_docs + (tasks is not None) != 1:
+        raise UserError("name what to measure on: --text FILE, --python-docs, or --tasks NAMES")
     for option, value, allowed in (
+        ("--preparation", preparation, ("packed", "wikitext2", "c4")),
         ("--device", device, ("auto", "cpu", "cuda")),
         ("--precision", precision, ("auto", "bf16", "fp32")),
     ):
         if value not in allowed:
             raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
+    import dataclasses
     import json
 
     import torch
 
     from mbdist.comm.communicator import Communicator
     from mbdist.config.schema import ClusterConfig, DataConfig, ModelConfig, PythonDocsSource, TextSource
+    from mbdist.data.published import published_windows
+    from mbdist.data.sources import load_documents
     from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight
     from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
+    from mbdist.train import evaluate as measure
     from mbdist.train.environment import choose_device, compute_dtype
-    from mbdist.train.evaluate import perplexity
 
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    data = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
     chosen = choose_device(ClusterConfig(device=device))
     dtype = compute_dtype(precision, chosen)
     loaded = load_model(source, dtype).to(chosen)
+    tokenizer = load_tokenizer(source)
+    found: dict = {"model": model}
+    if is_multi_boolean(source):
+        found["bits_per_weight"] = round(bits_per_weight(loaded), 4)
+    if tasks is not None:
+        from mbdist.train.zero_shot import zero_shot
+
+        found["tasks"] = zero_shot(loaded, tokenizer, tasks.split(","), task_folder, batch, limit)
+        print(json.dumps(found))
+        return
     check_window(window, loaded.config, "--window")
-    windows = load_windows(data, DataConfig(train=data, window=window), load_tokenizer(source)).with_format("torch")
+    data = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
+    if preparation == "packed":
+        windows = load_windows(data, DataConfig(train=data, window=window), tokenizer).with_format("torch")
+    else:
+        windows = published_windows(preparation, load_documents(data), tokenizer, window)
     if skip_windows >= len(windows):
         raise UserError(f"--skip-windows {skip_windows} leaves nothing of {len(windows)} windows")
     last = len(windows) if max_windows is None else min(skip_windows + max_windows, len(windows))
     windows = windows.select(range(skip_windows, last))
 
-    def logits_of(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(chosen.type, dtype, enabled=dtype != torch.float32):
-            return loaded(input_ids=ids, use_cache=False).logits
+    def logits_of(measured: torch.nn.Module):
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(chosen.type, dtype, enabled=dtype != torch.float32):
+                return measured(input_ids=ids, use_cache=False).logits
 
-    value = perplexity(logits_of, windows, batch, Communicator(), chosen)
-    found = {"model": model, "perplexity": value, "windows": len(windows), "window": window}
-    if is_multi_boolean(source):
-        found["bits_per_weight"] = round(bits_per_weight(loaded), 4)
+        return forward
+
+    taught = None
+    if teacher is not None:
+        teacher_source = ModelConfig(path=teacher, gguf_file=teacher_gguf_file, trust_remote_code=trust_remote_code)
+        teacher_model = load_model(teacher_source, dtype).to(chosen)
+        if teacher_model.config.vocab_size != loaded.config.vocab_size:
+            raise UserError(f"--teacher {teacher} has another vocabulary than {model}; KL needs the same one")
+        taught = logits_of(teacher_model)
+    result = measure.evaluate(logits_of(loaded), windows, batch, Communicator(), chosen, taught)
+    found |= {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+    found |= {"windows": len(windows), "window": window, "preparation": preparation}
     print(json.dumps(found))

@@ -22,21 +22,6 @@ class ModelConfig(_Section):
     """Run Python code that comes with the model. Off unless you have read that code."""
 
 
-class ConvertConfig(_Section):
-    planes: Annotated[int, Field(ge=1, le=8)] = 2
-    """K: bits a weight. Ignored where `model.path` is a multi-Boolean model already."""
-    init: Literal["svid", "joint", "calibrated"] = "calibrated"
-    """How planes are found. `svid`: one after the other (arXiv 2505.22811). `joint`: all together, in sweeps of nearest
-    levels and least squares. `calibrated`: joint in the metric of the layers' inputs and output gradients, then error
-    feedback on the signs; it needs text, and is worth orders of magnitude of perplexity."""
-    calibration_tokens: PositiveInt = 8192
-    """Tokens of training text that `calibrated` looks at; never of the evaluation text."""
-    include: list[str] = ["*"]
-    """Layer names to convert, as shell patterns over module names (`model.layers.*.mlp.*`)."""
-    exclude: list[str] = []
-    """Layer names to leave in floating point; the LM head and the embeddings always are."""
-
-
 class TextSource(_Section):
     type: Literal["text"]
     """Plain text files."""
@@ -78,6 +63,39 @@ class PythonDocsSource(_Section):
 DataSource = Annotated[TextSource | RecordsSource | HubSource | PythonDocsSource, Field(discriminator="type")]
 
 
+class ConvertConfig(_Section):
+    planes: Annotated[int, Field(ge=1, le=8)] = 2
+    """K: sign planes of every matrix. Ignored where `model.path` is a multi-Boolean model already."""
+    bits: Annotated[float, Field(gt=0)] | None = None
+    """Budget of average bits a weight, scales included (2.5, say), instead of `planes`: every matrix gets the number of
+    planes with which the budget does most."""
+    max_planes: Annotated[int, Field(ge=1, le=8)] = 4
+    """With `bits`: most planes that a matrix may get."""
+    allocation: Literal["second_order", "residual"] = "second_order"
+    """With `bits`: what is minimised. `second_order`: the estimated change of the loss; needs text. `residual`: the
+    paper's objective on the norms of the residuals; needs none."""
+    init: Literal["svid", "joint", "calibrated"] = "calibrated"
+    """How planes are found. `svid`: one after the other (arXiv 2505.22811). `joint`: all together, in sweeps of nearest
+    levels and least squares. `calibrated`: joint in the metric of the layers' inputs and output gradients, then error
+    feedback on the signs; it needs text, and is worth orders of magnitude of perplexity."""
+    calibration: DataSource | None = None
+    """Text to calibrate on. Default: the training text, without the windows that are held out for evaluation."""
+    calibration_tokens: PositiveInt = 32768
+    """Tokens of it that are looked at."""
+    sequential: bool = False
+    """With `calibrated`: convert a block before the inputs of the next one are computed, so that later blocks see the
+    errors of earlier ones. false: all blocks see the float model's activations."""
+    include: list[str] = ["*"]
+    """Layer names to convert, as shell patterns over module names (`model.layers.*.mlp.*`)."""
+    exclude: list[str] = []
+    """Layer names to leave in floating point; the LM head and the embeddings always are."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether converting takes text."""
+        return self.init == "calibrated" or (self.bits is not None and self.allocation == "second_order")
+
+
 class DataConfig(_Section):
     train: DataSource
     """What to finetune on."""
@@ -115,24 +133,43 @@ class TrainConfig(_Section):
 
 
 class BooleanOptimizerConfig(_Section):
-    signal: Literal["curvature", "raw"] = "curvature"
-    """`curvature`: q / (s^2 h), so the threshold is where a flip pays to second order. `raw`: q as published."""
+    planes: Literal["levels", "last", "all", "alternating"] | Annotated[list[int], Field(min_length=1)] = "levels"
+    """What flips. `levels`: the bits that take a weight to its next level, in whatever planes; one accumulator a
+    weight. `last`: the last plane alone, the paper's choice. `all`, or a list of plane numbers: each of these planes by
+    itself, with an accumulator of its own. `alternating`: one plane after the other."""
+    alternate_every: PositiveInt = 10
+    """With `alternating`: steps before it is the next plane's turn."""
+    signal: Literal["curvature", "rms", "raw"] = "curvature"
+    """`curvature`: q / (s^2 h), so the threshold is where a flip pays to second order. `rms`: q over its root mean
+    square. `raw`: q as published."""
     step_size: Annotated[float, Field(ge=0)] = 0.05
     """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
     max_step: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips. Every
-    micro-batch of every worker may add its equal share, rounded stochastically to 1/64."""
+    micro-batch of every worker may add its equal share, rounded stochastically to the accumulator's unit."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """What a step keeps of an accumulator, besides beta = 1 - share of bits just flipped. Below 1 old evidence fades,
+    and a bit flips only where recent steps agree: noise alone stays at about max_step / sqrt(1 - decay^2)."""
+    guard: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Against oscillation: after a flip the accumulator starts this far behind zero, so that flipping back takes more
+    evidence than flipping did. The paper: 0."""
     max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 3e-4
-    """Cap: largest share of a matrix's bits that flips in a step, after warm-up; falls to 0 by a cosine."""
+    """Cap: largest share of a matrix's weights that moves in a step, after warm-up; falls to 0 by a cosine."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps over which the cap rises to its full value."""
     curvature_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Smoothing over steps of the curvature estimate h."""
+    accumulator: Literal["int8", "int4", "fp32"] = "int8"
+    """How an accumulator is kept. `int4` has a unit of a quarter of the threshold (and still takes a byte), `fp32` is
+    the reference."""
 
 
 class FloatOptimizerConfig(_Section):
-    lr: Annotated[float, Field(ge=0)] = 5e-4
-    """AdamW learning rate of the scales and of everything in `also_train`."""
+    lr: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW learning rate of the scales, by default as a share of their size."""
+    relative_lr: bool = True
+    """Multiply learning rates by the mean magnitude of each parameter tensor (to the nearest power of two), so that one
+    value suits every model. false: they are absolute, as in the paper."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW moment decays."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -141,6 +178,8 @@ class FloatOptimizerConfig(_Section):
     """Share of the steps over which the learning rate rises; then a cosine to 0."""
     also_train: list[str] = []
     """More float parameters to train, as shell patterns over parameter names (`*norm*`, `*embed_tokens*`)."""
+    also_train_lr: Annotated[float, Field(ge=0)] = 2e-3
+    """Their learning rate."""
 
 
 class LossConfig(_Section):
@@ -152,6 +191,8 @@ class LossConfig(_Section):
     """Weight of KL(teacher || student)."""
     kl_reduction: Literal["per_token", "batchmean"] = "per_token"
     """`per_token`: mean over tokens. `batchmean`: summed over the positions of a sequence, the paper's protocol."""
+    top_k: PositiveInt | None = None
+    """KL over the teacher's most likely tokens only, all others counting as one; null for the whole vocabulary."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softmax temperature of the KL term."""
     cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0

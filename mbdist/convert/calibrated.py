@@ -16,7 +16,7 @@ import itertools
 
 import torch
 
-from mbdist.convert.calibration import LayerStatistics
+from mbdist.convert.calibration import LayerMoments
 from mbdist.convert.joint import joint, least_squares, ordered_by_scale
 from mbdist.convert.planes import PlaneSet
 from mbdist_kernels import pack_signs
@@ -29,15 +29,15 @@ _WEIGHT_FLOOR = 1e-3  # of the mean: an input that is never active must not get 
 def calibrated(
     weight: torch.Tensor,  # (m, n) float
     num_planes: int,
-    statistics: LayerStatistics,
+    moments: LayerMoments,
 ) -> PlaneSet:
     """``num_planes`` planes that keep the outputs on the calibration tokens; the planes of largest scale first."""
     weight = weight.float()
-    d_in, d_out = _relative_rms(statistics.input_squares), _relative_rms(statistics.output_squares)
+    d_in, d_out = _relative_rms(moments.input_squares), _relative_rms(moments.output_squares)
     found = joint(weight * d_in * d_out[:, None], num_planes)
     found.scale_in /= d_in
     found.scale_out /= d_out
-    hessian = statistics.gram + _DAMPING * statistics.input_squares.mean().clamp_min(1e-30) * torch.eye(len(d_in))
+    hessian = moments.gram + _DAMPING * moments.input_squares.mean().clamp_min(1e-30) * torch.eye(len(d_in))
     signs = feed_errors_forward(weight, found, hessian)
     scale_out = _scales_under(hessian, weight, signs, found)
     return ordered_by_scale(PlaneSet([pack_signs(sign) for sign in signs], scale_out, found.scale_in))

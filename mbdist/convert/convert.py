@@ -10,25 +10,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mbdist.config.schema import ConvertConfig
+from mbdist.convert.allocation import allocate, residual_errors, second_order_errors
 from mbdist.convert.calibrated import calibrated
-from mbdist.convert.calibration import LayerStatistics, calibrate
+from mbdist.convert.calibration import BlockMoments, LayerMoments, squared_moments
 from mbdist.convert.joint import joint
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.svid import svid
 from mbdist.errors import UserError
-from mbdist.model.layers import convertible_layers, replace_module
+from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
 
 # (weight (m, n), num_planes, moments of the layer where they were collected) -> planes and scales
-Initialization = Callable[[torch.Tensor, int, LayerStatistics | None], PlaneSet]
+Initialization = Callable[[torch.Tensor, int, LayerMoments | None], PlaneSet]
 
 INITIALIZATIONS: dict[str, Initialization] = {
     "svid": lambda weight, num_planes, _: svid(weight, num_planes),
     "joint": lambda weight, num_planes, _: joint(weight, num_planes),
     "calibrated": calibrated,
 }
-NEED_CALIBRATION = {"calibrated"}
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,57 @@ class LayerReport:
 def convert_model(
     model: PreTrainedModel,
     config: ConvertConfig,
-    calibration: Iterable[
-        torch.Tensor
-    ] = (),  # batches of token ids (batch, window), for initialisations that need them
+    calibration: Iterable[torch.Tensor] = (),  # batches of token ids (batch, window), where config.needs_calibration
 ) -> Iterator[LayerReport]:
     """Convert the chosen layers in place, yielding a report after each; the model can be saved once it is exhausted."""
     initialize = INITIALIZATIONS[config.init]
     chosen = convertible_layers(model, config.include, config.exclude)
-    statistics = calibrate(model, chosen, calibration) if config.init in NEED_CALIBRATION else {}
-    for name, original in chosen.items():
-        weight = original.weight.detach()
-        if not isinstance(original, nn.Linear):  # Conv1D keeps (in, out)
-            weight = weight.T
-        if not torch.isfinite(weight).all():
-            raise UserError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")
-        found = initialize(weight, config.planes, statistics.pop(name, None))
-        replace_module(model, name, _layer_from(found, original.bias))
-        yield LayerReport(name, tuple(weight.shape), config.planes, found.relative_error(weight))
-    quantization = MultiBooleanConfig(planes=dict.fromkeys(chosen, config.planes))
+    batches = list(calibration)
+    moments = squared_moments(model, chosen, batches) if config.needs_calibration else {}
+    planes = choose_planes(chosen, config, moments)
+    blocks: Iterable[dict[str, torch.Tensor | None]] = [dict.fromkeys(chosen)]
+    if config.init == "calibrated":
+        blocks = BlockMoments(model, chosen, batches, config.sequential)
+    for grams in blocks:
+        for name in list(grams):
+            original = chosen.pop(name)
+            weight = _weight(original)
+            if not torch.isfinite(weight).all():
+                raise UserError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")
+            of_layer = moments.pop(name, None)
+            if of_layer is not None:
+                of_layer.gram = grams.pop(name)
+            found = initialize(weight, planes[name], of_layer)
+            replace_module(model, name, _layer_from(found, original.bias))
+            yield LayerReport(name, tuple(weight.shape), planes[name], found.relative_error(weight))
+    quantization = MultiBooleanConfig(planes=planes)
     model.config.quantization_config = quantization
     model.hf_quantizer = MultiBooleanQuantizer(quantization)
     model.is_quantized = True
+
+
+def choose_planes(
+    layers: dict[str, nn.Module], config: ConvertConfig, moments: dict[str, LayerMoments]
+) -> dict[str, int]:
+    """Planes by layer: the same for all, or by allocation where a budget of bits is given."""
+    if config.bits is None:
+        return dict.fromkeys(layers, config.planes)
+    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    weights = sum(m * n for m, n in shapes.values())
+    errors = {}
+    for name, layer in layers.items():
+        if config.allocation == "second_order":
+            errors[name] = second_order_errors(_weight(layer), moments[name], config.max_planes)
+        else:
+            share = shapes[name][0] * shapes[name][1] / weights
+            errors[name] = residual_errors(_weight(layer), share, config.max_planes)
+    return allocate(errors, shapes, config.bits, per_bit=config.allocation == "second_order")
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """(m, n)"""
+    weight = layer.weight.detach()
+    return weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D keeps (in, out)
 
 
 def _layer_from(found: PlaneSet, bias: torch.Tensor | None) -> MultiBooleanLinear:

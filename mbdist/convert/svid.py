@@ -6,6 +6,8 @@ of |R| for the scales. |R| is not negative, so its leading singular vectors are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from mbdist.convert.planes import PlaneSet
@@ -31,13 +33,30 @@ def svid(
     num_planes: int,
 ) -> PlaneSet:
     """``num_planes`` planes by successive extraction."""
-    residual = weight.float().clone()
     planes, scales_out, scales_in = [], [], []
-    for _ in range(num_planes):
-        u, v = rank_one_magnitude(residual.abs())
-        signs = torch.where(residual < 0, -1.0, 1.0)
-        planes.append(pack_signs(residual))
+    for signs_of, u, v in _extract(weight, num_planes):
+        planes.append(pack_signs(signs_of))
         scales_out.append(u)
         scales_in.append(v)
-        residual -= signs * torch.outer(u, v)
     return PlaneSet(planes, torch.stack(scales_out), torch.stack(scales_in))
+
+
+def successive_residuals(
+    weight: torch.Tensor,  # (m, n) float
+    num_planes: int,
+) -> list[float]:
+    """Norm of what 1, 2, .., num_planes planes leave: ||R - B * u v^T||^2 = ||R||^2 - ||u v^T||^2 at the best u v^T."""
+    residuals = []
+    for before, u, v in _extract(weight, num_planes):
+        left = before.square().sum() - (u.square().sum() * v.square().sum())
+        residuals.append(left.clamp_min(0).sqrt().item())
+    return residuals
+
+
+def _extract(weight: torch.Tensor, num_planes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(residual before the plane, whose signs are the plane; u; v), plane by plane."""
+    residual = weight.float().clone()
+    for _ in range(num_planes):
+        u, v = rank_one_magnitude(residual.abs())
+        yield residual, u, v
+        residual -= torch.where(residual < 0, -1.0, 1.0) * torch.outer(u, v)

@@ -15,7 +15,7 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config
-from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
+from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes, parameter_groups
 from mbdist.engine.zero3 import PartitionedPlanes
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.schedule import warmup_cosine
@@ -29,26 +29,29 @@ class Engine:
     def __init__(self, student: nn.Module, boolean: BooleanOptimizer, config: RunConfig, communicator: Communicator):
         self.zero_stage = config.cluster.zero_stage
         self.communicator = communicator
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        floats = config.floats
+        trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+        self._floats = floats = config.floats
         self.optimizer = SkippableAdamW(
-            trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, fused=True
+            parameter_groups(trained, floats),
+            lr=floats.lr,
+            betas=floats.betas,
+            weight_decay=floats.weight_decay,
+            fused=True,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
         )
-        settings = deepspeed_config(config, trained[0].device.type)
+        settings = deepspeed_config(config, trained[0][1].device.type)
         self.engine, *_ = deepspeed.initialize(
-            model=student, optimizer=self.optimizer, lr_scheduler=schedule, config=settings
+            model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )
         boolean.store = self._plane_store(boolean)
 
     def _plane_store(self, boolean: BooleanOptimizer) -> PlaneStore:
-        planes = [plane.layer.planes[plane.layer.trained_plane] for plane in boolean.planes]
-        partitions = [plane.partition for plane in boolean.planes]
+        planes = [layer.planes for layer in boolean.layers.values()]
         if self.zero_stage == 3:
-            return PartitionedPlanes(planes, partitions)
-        return ReplicatedPlanes(planes, partitions, self.communicator)
+            return PartitionedPlanes(planes, boolean.partitions)
+        return ReplicatedPlanes(planes, boolean.partitions, self.communicator)
 
     @property
     def module(self) -> nn.Module:
@@ -56,7 +59,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        """``floats.lr`` as the schedule has it."""
+        return self._schedule.lr_lambdas[0](self._schedule.last_epoch) * self._floats.lr
 
     @property
     def gradient_norm(self) -> float | None:

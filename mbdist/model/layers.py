@@ -68,6 +68,11 @@ def boolean_layers(model: nn.Module) -> Iterator[tuple[str, MultiBooleanLinear]]
             yield name, module
 
 
+def is_scale(parameter_name: str) -> bool:
+    """Whether a parameter of a model is the scales of a multi-Boolean layer."""
+    return parameter_name.endswith((".scale_out", ".scale_in"))
+
+
 def bits_per_weight(model: nn.Module) -> float:
     """Average bits a weight of the multi-Boolean layers: planes and fp32 scales counted, biases not."""
     bits = weights = 0

@@ -8,6 +8,7 @@ it is saved for backward: the planes are unpacked again there, which is cheaper 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,31 +19,37 @@ from mbdist_kernels import (
     column_square_sums,
     dequantize,
     reused_scratch,
-    scale_gradients_and_signal,
+    scale_gradients_and_signals,
     words_per_row,
 )
 
 _GRADIENT_CHUNK_BYTES = 16 << 20  # rows of G computed at a time: stays in a GPU's L2, bounded for any matrix
 
 
+@dataclass
+class Signal:
+    """What a sink wants of a weight gradient G: ``values = G * outer(row_factor, column_factor)``."""
+
+    row_factor: torch.Tensor  # (m,) fp32
+    column_factor: torch.Tensor  # (n,) fp32
+    values: torch.Tensor  # (m, 32 W) fp32, to be written; padding columns get 0
+
+
 class SignalSink(Protocol):
-    """Takes the Boolean signal of one layer out of its backward pass."""
+    """Takes the Boolean signals of one layer out of its backward pass."""
 
-    def signal_buffer(self, layer: MultiBooleanLinear) -> torch.Tensor | None:
-        """fp32 (m, 32 W) to write the signal of this pass into; None where none is wanted yet."""
-
-    def factors(self, layer: MultiBooleanLinear) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_factor (m,), column_factor (n,)) that turn G into the signal; asked for after signal_buffer."""
+    def signals(self, layer: MultiBooleanLinear) -> list[Signal]:
+        """What is wanted of this pass; may be empty. Scales and planes are whole while it is called."""
 
     def take(
         self,
         layer: MultiBooleanLinear,
-        signal: torch.Tensor | None,  # (m, 32 W) fp32, the buffer handed out
+        signals: list[Signal],  # those handed out, written
         row_squares: torch.Tensor,  # (m,) fp64: sum over tokens of dY^2
         column_squares: torch.Tensor,  # (n,) fp64: sum over tokens of X^2
         tokens: int,
     ) -> None:
-        """The layer's backward is done with the signal; the sink owns it now."""
+        """The layer's backward is done with the signals; the sink owns them now."""
 
 
 class MultiBooleanLinear(nn.Module):
@@ -74,7 +81,6 @@ class MultiBooleanLinear(nn.Module):
         self.scale_out = nn.Parameter(torch.ones(num_planes, out_features, **scales))
         self.scale_in = nn.Parameter(torch.ones(num_planes, in_features, **scales))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.trained_plane: int | None = None
         self.signal_sink: SignalSink | None = None
 
     @property
@@ -153,24 +159,22 @@ def _weight_pass(
     scale_out, scale_in = layer.scale_out.detach(), layer.scale_in.detach()
     grad_out, grad_in = torch.empty_like(scale_out), torch.zeros_like(scale_in)
     sink = layer.signal_sink
-    signal = sink.signal_buffer(layer) if sink is not None else None
-    row_factor, column_factor = sink.factors(layer) if signal is not None else (None, None)
+    signals = sink.signals(layer) if sink is not None else []
     rows_at_a_time = max(WORD_BITS, _GRADIENT_CHUNK_BYTES // (n * dy.element_size()))
     buffer = reused_scratch(min(rows_at_a_time, m) * n, dy.dtype, dy.device)
     for first in range(0, m, rows_at_a_time):
         rows = slice(first, min(first + rows_at_a_time, m))
         chunk = buffer[: (rows.stop - first) * n].view(-1, n)
         torch.mm(dy[:, rows].T, x, out=chunk)
-        scale_gradients_and_signal(
+        scale_gradients_and_signals(
             chunk,
             [plane[rows] for plane in layer.planes],
             scale_out[:, rows],
             scale_in,
             grad_out[:, rows],
             grad_in,
-            None if signal is None else (row_factor[rows], column_factor),
-            None if signal is None else signal[rows],
+            [(signal.row_factor[rows], signal.column_factor, signal.values[rows]) for signal in signals],
         )
     if sink is not None:
-        sink.take(layer, signal, column_square_sums(dy), column_square_sums(x), dy.shape[0])
+        sink.take(layer, signals, column_square_sums(dy), column_square_sums(x), dy.shape[0])
     return grad_out, grad_in

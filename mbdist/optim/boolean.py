@@ -1,15 +1,16 @@
 """Finetunes bits: signals in, flips out. No latent weights and no straight-through estimator.
 
-Phases of a step, for every trained plane (one a layer), R ranks, A micro-batches a rank:
+Phases of a step, for every accumulator (one a weight of a layer, or of each of its trained planes), R ranks, A
+micro-batches a rank:
 
-1. *Backward* hands over the signal of a layer once a micro-batch (``take``): G * outer(row_factor, column_factor).
-2. *Reduce*: the signal is cut flat into R segments, aligned with the ownership of the plane's words (padded to whole
+1. *Backward* hands over the signals of a layer once a micro-batch (``take``): G * outer(row_factor, column_factor).
+2. *Reduce*: a signal is cut flat into R segments, aligned with the ownership of the planes' words (padded to whole
    parts); an all-to-all brings each owner its segment from every rank, and the owner adds the R contributions into its
-   int8 accumulators in rank order. No sum of floats crosses ranks, so the result does not depend on the sharding:
+   accumulators in rank order. No sum of floats crosses ranks, so the result does not depend on the sharding:
    contribution g = a R + r counts in the order of g, rounded with random bits of (seed, step, g, matrix, element).
-3. *Decide* (``step``): each owner counts its flip candidates; their sum over ranks gives the cut that holds the
-   cap of flips; the owner flips what lies above it and resets those accumulators.
-4. *Exchange*: the masks reach every copy of the plane (``PlaneStore.apply``).
+3. *Decide* (``step``): each owner ranks its flip candidates; counts summed over ranks give the cut that holds the cap
+   of flips; the owner flips what lies above it and resets those accumulators.
+4. *Exchange*: the masks reach every copy of the planes (``PlaneStore.apply``).
 
 Ownership is the flat cut of ZeRO-3 at every stage: a flip is decided once, by one rank, with DeepSpeed stage 0 too.
 World size 1 runs the same code. Source of the rule: BOLD (arXiv 2405.16339, algorithm 8); arXiv 2505.22811, section 4.
@@ -27,42 +28,52 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
-from mbdist.model.linear import MultiBooleanLinear
+from mbdist.model.linear import MultiBooleanLinear, Signal
 from mbdist.optim.curvature import Curvature
-from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_level
+from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_rank
+from mbdist.optim.moves import Candidates, bit_moves, level_moves
 from mbdist.optim.schedule import warmup_cosine
 from mbdist_kernels import (
+    ACCUMULATOR_FORMATS,
     FIXED_ONE,
     LOTTERY_TICKETS,
+    THRESHOLD,
+    TOP_RANK,
     WORD_BITS,
     accumulate_signal,
-    count_candidates,
     draw_tickets,
     find_candidates,
+    flip_mask,
     fold_key,
-    select_flips,
+    words_per_row,
 )
 
 _LOTTERY = 1 << 32  # contribution number of the lottery's random bits: no micro-batch has it
+_RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
 
 
 @dataclass
-class TrainedPlane:
-    """State of one trained plane on this rank."""
+class Accumulated:
+    """One accumulator a weight of a layer on this rank, and what its candidates may flip."""
 
     name: str
     layer: MultiBooleanLinear
-    index: int
+    matrix: int  # number of the layer
+    planes: list[int]  # those it may flip
     partition: WordPartition
-    accumulator: torch.Tensor  # (32 P,) int8, the owned part
+    accumulator: torch.Tensor  # (32 P,), the owned part
     beta_q15: int = 0  # decay of the next step: 1 - share of bits just flipped; 0 before the first
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) of this step, for moves between levels
+    recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))  # elements that flipped
 
 
 @dataclass
 class FlipReport:
-    """What a step did."""
+    """What a step did, by name of the accumulator; counts are sums over ranks."""
 
-    flips: dict[str, int] = field(default_factory=dict)  # by layer name
+    flips: dict[str, int] = field(default_factory=dict)  # weights that moved
+    flipped_back: dict[str, int] = field(default_factory=dict)  # of them, those that had moved in the last 16 steps
+    candidates: dict[str, int] = field(default_factory=dict)  # weights whose accumulator had reached the threshold
     cap_rate: float = 0.0
 
     def total(self) -> int:
@@ -70,7 +81,7 @@ class FlipReport:
 
 
 class BooleanOptimizer:
-    """Owns the accumulators of this rank's part of every trained plane, and is the layers' signal sink."""
+    """Owns the accumulators of this rank's part of every trained matrix, and is the layers' signal sink."""
 
     def __init__(
         self,
@@ -91,74 +102,110 @@ class BooleanOptimizer:
         self.micro_batches = micro_batches
         self.seed = seed
         self.gradient_scale = gradient_scale
+        self.format = ACCUMULATOR_FORMATS[config.accumulator]
         self.step_count = 0
         self.micro_batch = 0
+        self.layers = layers
+        self.accumulated: list[Accumulated] = []
         device = next(iter(layers.values())).scale_out.device
-        self.planes: list[TrainedPlane] = []
-        for name, layer in layers.items():
-            layer.trained_plane = layer.num_planes - 1
+        self.partitions = [
+            WordPartition(layer.planes[0].shape.numel(), communicator.world_size) for layer in layers.values()
+        ]
+        for matrix, (name, layer) in enumerate(layers.items()):
             layer.signal_sink = self
-            words = layer.planes[-1].shape.numel()
-            partition = WordPartition(words, communicator.world_size)
-            accumulator = torch.zeros(partition.elements_per_rank, dtype=torch.int8, device=device)
-            self.planes.append(TrainedPlane(name, layer, len(self.planes), partition, accumulator))
-        self._by_layer = {id(plane.layer): plane for plane in self.planes}
-        shapes = [(plane.layer.out_features, plane.layer.in_features) for plane in self.planes]
+            partition = self.partitions[matrix]
+            for planes in self._plane_sets(layer.num_planes):
+                shared = config.planes in ("levels", "alternating")
+                full_name = name if shared else f"{name}.plane_{planes[0]}"
+                accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
+                self.accumulated.append(Accumulated(full_name, layer, matrix, planes, partition, accumulator))
+        self._of_layer = {
+            id(layer): [entry for entry in self.accumulated if entry.layer is layer] for layer in layers.values()
+        }
+        shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
         self.curvature = Curvature(shapes, config.curvature_decay, device)
         self.store: PlaneStore | None = None  # set once the engine has placed the planes
         self._arriving: deque = deque()
 
+    def _plane_sets(self, num_planes: int) -> list[list[int]]:
+        """The planes of every accumulator of a layer of so many planes."""
+        match self.config.planes:
+            case "levels" | "alternating":
+                return [list(range(num_planes))]
+            case "last":
+                return [[num_planes - 1]]
+            case "all":
+                return [[k] for k in range(num_planes)]
+            case chosen:
+                return [[k] for k in chosen if k < num_planes]
+
+    def _trained_plane(self, entry: Accumulated) -> int:
+        """The plane whose scales give the signal its unit: the one that flips; the last for moves between levels."""
+        if self.config.planes == "alternating":
+            turn = self.step_count // self.config.alternate_every
+            return entry.planes[-1 - turn % len(entry.planes)]
+        return entry.planes[-1]
+
+    def _planes_that_flip(self, entry: Accumulated) -> list[int]:
+        return entry.planes if self.config.planes == "levels" else [self._trained_plane(entry)]
+
     # Phase 1: the signal sink of the layers.
 
-    def signal_buffer(self, layer: MultiBooleanLinear) -> torch.Tensor | None:
-        if self.config.step_size == 0 or (self.config.signal == "curvature" and self.curvature.steps == 0):
-            return None  # the first step only measures curvature
-        plane = self._by_layer[id(layer)]
-        flat = torch.empty(plane.partition.padded_elements, device=layer.scale_out.device)
-        used = plane.partition.num_words * WORD_BITS
+    def signals(self, layer: MultiBooleanLinear) -> list[Signal]:
+        if self.config.step_size == 0 or (self.config.signal != "raw" and self.curvature.steps == 0):
+            return []  # the first step only measures curvature
+        return [self._signal(entry) for entry in self._of_layer[id(layer)]]
+
+    def _signal(self, entry: Accumulated) -> Signal:
+        layer = entry.layer
+        flat = torch.empty(entry.partition.padded_elements, device=layer.scale_out.device)
+        used = entry.partition.num_words * WORD_BITS
         flat[used:] = 0
-        return flat[:used].view(layer.out_features, -1)
+        plane = self._trained_plane(entry)
+        scale_out, scale_in = layer.scale_out.detach()[plane], layer.scale_in.detach()[plane]
+        if self.config.planes == "levels":
+            entry.scales = (layer.scale_out.detach().clone(), layer.scale_in.detach().clone())
+            scale_out, scale_in = scale_out.abs(), scale_in.abs()
+        row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
+        return Signal(
+            row * (self.config.step_size / self.gradient_scale), column, flat[:used].view(layer.out_features, -1)
+        )
 
-    def factors(self, layer: MultiBooleanLinear) -> tuple[torch.Tensor, torch.Tensor]:
-        plane = self._by_layer[id(layer)]
-        scale_out = layer.scale_out.detach()[layer.trained_plane]
-        scale_in = layer.scale_in.detach()[layer.trained_plane]
-        if self.config.signal == "curvature":
-            scale_out, scale_in = self.curvature.factors(plane.index, scale_out, scale_in)
-        return scale_out * (self.config.step_size / self.gradient_scale), scale_in
-
-    def take(self, layer, signal, row_squares, column_squares, tokens) -> None:
-        plane = self._by_layer[id(layer)]
-        self.curvature.add(plane.index, row_squares, column_squares, tokens)
-        if signal is None:
-            return
-        flat = signal.view(-1).as_strided((plane.partition.padded_elements,), (1,))
-        segments = flat.view(self.communicator.world_size, -1)
-        received, handle = self.communicator.all_to_all(self.codec.encode(segments), "signal")
-        self._arriving.append((plane, received, handle))
-        while len(self._arriving) > (self.in_flight if handle is not None else 0):
-            self._accumulate_oldest()
+    def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
+        entries = self._of_layer[id(layer)]
+        self.curvature.add(entries[0].matrix, row_squares, column_squares, tokens)
+        for entry, signal in zip(entries, signals, strict=bool(signals)):
+            flat = signal.values.view(-1).as_strided((entry.partition.padded_elements,), (1,))
+            segments = flat.view(self.communicator.world_size, -1)
+            received, handle = self.communicator.all_to_all(self.codec.encode(segments), "signal")
+            self._arriving.append((entry, received, handle))
+            while len(self._arriving) > (self.in_flight if handle is not None else 0):
+                self._accumulate_oldest()
 
     # Phase 2, the owner's side.
 
     def _accumulate_oldest(self) -> None:
-        plane, received, handle = self._arriving.popleft()
+        entry, received, handle = self._arriving.popleft()
         if handle is not None:
             handle.wait()
         ranks = self.communicator.world_size
         first_contribution = self.micro_batch * ranks
-        keys = [self._key(first_contribution + rank, plane) for rank in range(ranks)]
+        keys = [self._key(first_contribution + rank, entry) for rank in range(ranks)]
         accumulate_signal(
-            plane.accumulator,
+            entry.accumulator,
             self.codec.decode(received),
-            plane.beta_q15 if self.micro_batch == 0 else FIXED_ONE,
+            entry.beta_q15 if self.micro_batch == 0 else FIXED_ONE,
             self.config.max_step / (self.micro_batches * ranks),
             keys,
-            plane.partition.first_word(self.communicator.rank) * WORD_BITS,
+            self._first_element(entry),
+            self.format,
         )
 
-    def _key(self, contribution: int, plane: TrainedPlane) -> int:
-        return fold_key(self.seed, self.step_count, contribution, plane.index)
+    def _first_element(self, entry: Accumulated) -> int:
+        return entry.partition.first_word(self.communicator.rank) * WORD_BITS
+
+    def _key(self, contribution: int, entry: Accumulated) -> int:
+        return fold_key(self.seed, self.step_count, contribution, self.accumulated.index(entry))
 
     def finish_micro_batch(self) -> None:
         """Wait for the signals still on the wire. To be called after every backward pass."""
@@ -178,8 +225,8 @@ class BooleanOptimizer:
         """End a step that flips nothing. Accumulators keep what its micro-batches added before the step was given up
         (bounded by ``max_step``, and 0 for a signal that is not a number)."""
         self.curvature.discard()
-        for plane in self.planes:
-            plane.beta_q15 = FIXED_ONE  # its decay has been applied
+        for entry in self.accumulated:
+            entry.beta_q15 = FIXED_ONE  # its decay has been applied
         self.step_count += 1
         self.micro_batch = 0
 
@@ -189,91 +236,150 @@ class BooleanOptimizer:
             self.step_count, self.total_steps, self.config.warmup_fraction
         )
         report = FlipReport(cap_rate=cap_rate)
-        if self.config.step_size > 0:
-            cuts = self._cuts(cap_rate)
-            self.store.apply(
-                [
-                    select_flips(plane.accumulator, self.store.owned_words(plane.index), cut.level, winners)
-                    for plane, (cut, winners) in zip(self.planes, cuts, strict=True)
-                ]
-            )
-            for plane, (cut, _) in zip(self.planes, cuts, strict=True):
-                plane.beta_q15 = FIXED_ONE - round(cut.flips / plane.layer.num_weights * FIXED_ONE)
-                report.flips[plane.name] = cut.flips
+        if self.config.step_size > 0 and (self.config.signal == "raw" or self.curvature.steps > 0):
+            self._flip(cap_rate, report)
         tokens = self.curvature.tokens * self.communicator.world_size
         self.curvature.absorb(tokens, self.gradient_scale)
         self.step_count += 1
         self.micro_batch = 0
+        if self.config.planes == "alternating" and self.step_count % self.config.alternate_every == 0:
+            for entry in self.accumulated:
+                entry.accumulator.zero_()
         return report
 
-    def _cuts(self, cap_rate: float) -> list[tuple[Cut, torch.Tensor | None]]:
-        """For every plane the cut, and this rank's winners of the lottery below it."""
-        caps = [int(cap_rate * plane.layer.num_weights) for plane in self.planes]
-        histograms = torch.stack(
-            [count_candidates(plane.accumulator, self.store.owned_words(plane.index)) for plane in self.planes]
-        )
-        histograms = self.communicator.all_reduce_sum(histograms, "flip_counts").cpu()
-        cuts = [cut_by_level(histogram, cap) for histogram, cap in zip(histograms, caps, strict=True)]
-        undecided = [i for i, (_, lottery) in enumerate(cuts) if lottery]
-        result = [(cut, None) for cut, _ in cuts]
-        if undecided:
-            entries = [self._lottery(self.planes[i], cuts[i][0].level - 1) for i in undecided]
-            counts = torch.stack([tickets.bincount(minlength=LOTTERY_TICKETS) for _, tickets in entries])
-            counts = self.communicator.all_reduce_sum(counts, "flip_counts").cpu()
-            for i, (candidates, tickets), count in zip(undecided, entries, counts, strict=True):
-                cut = add_lottery(cuts[i][0], count, caps[i])
-                result[i] = (cut, candidates[tickets < cut.tickets])
-        return result
+    def _flip(self, cap_rate: float, report: FlipReport) -> None:
+        candidates = [self._candidates(entry) for entry in self.accumulated]
+        chosen = self._within_caps(candidates, [int(cap_rate * entry.layer.num_weights) for entry in self.accumulated])
+        masks: dict[tuple[int, int], torch.Tensor] = {}
+        counts = torch.zeros(len(candidates), 3, dtype=torch.int64)  # candidates, flips, flipped back
+        for i, (entry, found, moves) in enumerate(zip(self.accumulated, candidates, chosen, strict=True)):
+            for k in self._planes_that_flip(entry):
+                flips = moves.elements[(moves.flipped >> k) & 1 == 1]
+                masks[entry.matrix, k] = flip_mask(flips, entry.partition.words_per_rank)
+            counts[i] = torch.tensor([len(found.elements), len(moves.elements), self._flipped_back(entry, moves)])
+            # Behind zero by the guard: flipping back takes more evidence than flipping did.
+            reset = moves.values.sign().to(entry.accumulator.dtype) * round(self.config.guard * self.format.threshold)
+            entry.accumulator[moves.elements] = reset
+        self.store.apply(masks)
+        totals = self.communicator.all_reduce_sum(counts.to(entry.accumulator.device), "flip_counts").tolist()
+        for entry, (found, flips, back) in zip(self.accumulated, totals, strict=True):
+            entry.beta_q15 = round(self.config.decay * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
+            report.candidates[entry.name], report.flips[entry.name], report.flipped_back[entry.name] = (
+                found,
+                flips,
+                back,
+            )
 
-    def _lottery(self, plane: TrainedPlane, level: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's candidates at the level, and their tickets."""
-        candidates = find_candidates(plane.accumulator, self.store.owned_words(plane.index), level)
-        first_element = plane.partition.first_word(self.communicator.rank) * WORD_BITS
-        return candidates, draw_tickets(self._key(_LOTTERY, plane), candidates + first_element)
+    def _candidates(self, entry: Accumulated) -> Candidates:
+        if self.config.planes != "levels":
+            plane = self._trained_plane(entry)
+            words = self.store.owned_words(entry.matrix, plane)
+            return bit_moves(*find_candidates(entry.accumulator, words, self.format), plane)
+        elements, values = find_candidates(entry.accumulator, None, self.format)
+        if entry.scales is None:
+            raise RuntimeError("flips are decided after a backward pass")
+        words = [self.store.owned_words(entry.matrix, k) for k in entry.planes]
+        row_elements = words_per_row(entry.layer.in_features) * WORD_BITS
+        return level_moves(elements, values, words, *entry.scales, self._first_element(entry), row_elements)
+
+    def _within_caps(self, candidates: list[Candidates], caps: list[int]) -> list[Candidates]:
+        """Of this rank's candidates those that the caps let flip: the highest ranks, and a lottery below them."""
+        bins = TOP_RANK + 1 - THRESHOLD
+        counts = [torch.bincount(found.ranks.long() - THRESHOLD, minlength=bins) for found in candidates]
+        histograms = self.communicator.all_reduce_sum(torch.stack(counts), "flip_counts").cpu()
+        cuts = [cut_by_rank(histogram, cap) for histogram, cap in zip(histograms, caps, strict=True)]
+        undecided = [i for i, (_, lottery) in enumerate(cuts) if lottery]
+        chosen = [found.only(found.ranks >= cut.rank) for found, (cut, _) in zip(candidates, cuts, strict=True)]
+        if undecided:
+            entries = [self._lottery(i, candidates[i], cuts[i][0]) for i in undecided]
+            counts = [torch.bincount(tickets, minlength=LOTTERY_TICKETS) for _, tickets in entries]
+            totals = self.communicator.all_reduce_sum(torch.stack(counts), "flip_counts").cpu()
+            for i, (players, tickets), total in zip(undecided, entries, totals, strict=True):
+                cut = add_lottery(cuts[i][0], total, caps[i])
+                chosen[i] = chosen[i] + players.only(tickets < cut.tickets)
+        return chosen
+
+    def _lottery(self, number: int, found: Candidates, cut: Cut) -> tuple[Candidates, torch.Tensor]:
+        """This rank's candidates just below the cut, and their tickets."""
+        entry = self.accumulated[number]
+        players = found.only(found.ranks == cut.rank - 1)
+        elements = players.elements.long() + self._first_element(entry)
+        return players, draw_tickets(self._key(_LOTTERY, entry), elements)
+
+    def _flipped_back(self, entry: Accumulated, moves: Candidates) -> int:
+        """How many of the moves are of elements that moved lately; remembers these."""
+        back = int(torch.isin(moves.elements, torch.cat(list(entry.recent))).sum()) if entry.recent else 0
+        entry.recent.append(moves.elements)
+        return back
 
     # State.
 
     @property
-    def num_trained_bits(self) -> int:
-        return sum(plane.layer.num_weights for plane in self.planes)
+    def num_trained_weights(self) -> int:
+        return sum(layer.num_weights for layer in self.layers.values())
+
+    @property
+    def plane_names(self) -> list[str]:
+        """Every plane that may flip, in the order of the plane store."""
+        return [f"{name}.plane_{k}" for name, layer in self.layers.items() for k in range(layer.num_planes)]
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank keeps between steps, by category."""
+        kept = [tensor for entry in self.accumulated for tensor in (*entry.recent, *(entry.scales or ()))]
         return {
-            "accumulators": sum(plane.accumulator.nbytes for plane in self.planes),
+            "accumulators": sum(entry.accumulator.nbytes for entry in self.accumulated),
             "curvature": self.curvature.smoothed.nbytes + self.curvature.sums.nbytes,
+            "flip_bookkeeping": sum(tensor.nbytes for tensor in kept),
         }
 
+    def accumulator_quantiles(self, of: tuple[float, ...] = (0.5, 0.9, 0.99)) -> dict[str, list[float]]:
+        """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of this rank's part."""
+        found = {}
+        for entry in self.accumulated:
+            used = entry.accumulator[: entry.partition.words_owned(self.communicator.rank) * WORD_BITS]
+            size = used.float().abs() / self.format.threshold
+            counts = torch.histc(size, bins=256, min=0, max=2)
+            share = counts.cumsum(0) / max(1, size.numel())
+            quantiles = [float((share < q).sum()) / 128 for q in of]
+            saturated = (size >= self.format.bound / self.format.threshold).float().mean().item() if len(size) else 0.0
+            found[entry.name] = [*quantiles, saturated]
+        return found
+
     def state_dict(self) -> dict:
-        """This rank's state: owned accumulators by layer with the words they cover, and what all ranks share."""
+        """This rank's state: owned accumulators by name with the words they cover, and what all ranks share."""
         rank = self.communicator.rank
         return {
             "step": self.step_count,
             "curvature_steps": self.curvature.steps,
             "curvature": self.curvature.smoothed.clone(),
-            "planes": {
-                plane.name: {
-                    "first_word": plane.partition.first_word(rank),
-                    "accumulator": plane.accumulator[: plane.partition.words_owned(rank) * WORD_BITS].clone(),
-                    "beta_q15": plane.beta_q15,
+            "tokens": self.curvature.smoothed_tokens,
+            "accumulators": {
+                entry.name: {
+                    "first_word": entry.partition.first_word(rank),
+                    "accumulator": entry.accumulator[: entry.partition.words_owned(rank) * WORD_BITS].clone(),
+                    "beta_q15": entry.beta_q15,
+                    "recent": list(entry.recent),
                 }
-                for plane in self.planes
+                for entry in self.accumulated
             },
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what ``state_dict`` of the same rank and world size gave. Raises ValueError where it does not fit."""
-        mine, theirs = {plane.name for plane in self.planes}, set(state["planes"])
+        mine, theirs = {entry.name for entry in self.accumulated}, set(state["accumulators"])
         if mine != theirs:
             raise ValueError(f"the optimizer state is of other layers: {sorted(mine ^ theirs)[:3]} ...")
         rank = self.communicator.rank
-        for plane in self.planes:
-            saved = state["planes"][plane.name]
-            elements = plane.partition.words_owned(rank) * WORD_BITS
-            if saved["first_word"] != plane.partition.first_word(rank) or saved["accumulator"].numel() != elements:
-                raise ValueError(f"the accumulator of {plane.name} was saved by another rank or world size")
-            plane.accumulator[:elements].copy_(saved["accumulator"])
-            plane.beta_q15 = saved["beta_q15"]
+        for entry in self.accumulated:
+            saved = state["accumulators"][entry.name]
+            elements = entry.partition.words_owned(rank) * WORD_BITS
+            if saved["first_word"] != entry.partition.first_word(rank) or saved["accumulator"].numel() != elements:
+                raise ValueError(f"the accumulator of {entry.name} was saved by another rank or world size")
+            entry.accumulator[:elements].copy_(saved["accumulator"])
+            entry.beta_q15 = saved["beta_q15"]
+            entry.recent.clear()
+            entry.recent.extend(saved["recent"])
         self.curvature.smoothed.copy_(state["curvature"])
         self.curvature.steps = state["curvature_steps"]
+        self.curvature.smoothed_tokens = state["tokens"]
         self.step_count = state["step"]

@@ -8,14 +8,20 @@ two vectors.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 _FLOOR = 1e-3  # of the mean: rows without gradient and scales near 0 must not blow the ratio up
 
 
+def _sign(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values < 0, -1.0, 1.0)
+
+
 def _floored(values: torch.Tensor) -> torch.Tensor:
     magnitude = values.abs()
-    return torch.where(values < 0, -1.0, 1.0) * magnitude.clamp_min(_FLOOR * magnitude.mean() + 1e-30)
+    return _sign(values) * magnitude.clamp_min(_FLOOR * magnitude.mean() + 1e-30)
 
 
 class Curvature:
@@ -32,6 +38,7 @@ class Curvature:
         self.smoothed = torch.zeros(sum(lengths), dtype=torch.float32, device=device)
         self._smoothed_views = self.smoothed.split(lengths)
         self.tokens = 0
+        self.smoothed_tokens = 0.0  # T of a step
 
     def add(self, index: int, row_squares: torch.Tensor, column_squares: torch.Tensor, tokens: int) -> None:
         """Add one backward pass of one matrix."""
@@ -51,18 +58,25 @@ class Curvature:
         for i, (sums, smoothed) in enumerate(zip(self._sum_views, self._smoothed_views, strict=True)):
             mean = sums * (tokens / gradient_scale**2) if i % 2 == 0 else sums / tokens
             smoothed.lerp_(mean.float(), weight)
+        self.smoothed_tokens += weight * (tokens - self.smoothed_tokens)
         self.steps += 1
         self.discard()
 
     def factors(
         self,
         index: int,
-        scale_out: torch.Tensor,  # (m,) of the trained plane
+        scale_out: torch.Tensor,  # (m,) of the plane that gives the unit
         scale_in: torch.Tensor,  # (n,)
+        signal: Literal["curvature", "rms", "raw"],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_factor (m,), column_factor (n,)) with G * outer = q / (s^2 h)."""
-        rows, columns = self._smoothed_views[2 * index], self._smoothed_views[2 * index + 1]
-        return (
-            1.0 / (_floored(scale_out) * _floored(rows)),
-            1.0 / (_floored(scale_in) * _floored(columns)),
-        )
+        """(row_factor (m,), column_factor (n,)) with G * outer = q / (s^2 h), q / (s sqrt(h / T)) or q.
+
+        The second is q over its root mean square as estimated from the factors: for a mean over T tokens with
+        independent signs the variance of G is h / T."""
+        if signal == "raw":
+            return scale_out, scale_in
+        rows, columns = _floored(self._smoothed_views[2 * index]), _floored(self._smoothed_views[2 * index + 1])
+        if signal == "rms":
+            tokens = self.smoothed_tokens**0.5
+            return _sign(scale_out) * tokens / rows.sqrt(), _sign(scale_in) / columns.sqrt()
+        return 1.0 / (_floored(scale_out) * rows), 1.0 / (_floored(scale_in) * columns)

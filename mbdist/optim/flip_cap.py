@@ -1,7 +1,7 @@
 """Where to cut the candidates of a matrix so that at most ``cap`` bits flip: exact, and the same on every rank.
 
-Candidates are ranked by accumulator level (64 .. 127). The cut is the lowest level that the cap admits whole; if the
-level below it would overshoot, a lottery among its candidates (tickets drawn by counter-based random bits) fills up
+Candidates have ranks from 64 to 127. The cut is the lowest rank that the cap admits whole; if the
+rank below it would overshoot, a lottery among its candidates (tickets drawn by counter-based random bits) fills up
 what is left. Everything is integer counts summed over ranks, so all ranks compute the same cut.
 """
 
@@ -11,31 +11,31 @@ from dataclasses import dataclass
 
 import torch
 
-from mbdist_kernels import LEVELS, THRESHOLD
+from mbdist_kernels import TOP_RANK
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Levels >= ``level`` flip, and of level - 1 the candidates with a ticket below ``tickets``."""
+    """Ranks >= ``rank`` flip, and of rank - 1 the candidates with a ticket below ``tickets``."""
 
-    level: int
+    rank: int
     tickets: int
     flips: int
 
 
-def cut_by_level(
-    histogram: torch.Tensor,  # (64,) int64, counts of the levels over all ranks
+def cut_by_rank(
+    histogram: torch.Tensor,  # (64,) int64, counts of the ranks 64 .. 127 over all workers
     cap: int,
 ) -> tuple[Cut, bool]:
-    """The cut at whole levels, and whether a lottery at the level below could still add flips."""
-    from_top = histogram.flip(0).cumsum(0)  # flips if the cut is at level 127, 126, ...
+    """The cut at whole ranks, and whether a lottery at the rank below could still add flips."""
+    from_top = histogram.flip(0).cumsum(0)  # flips if the cut is at 127, 126, ...
     admitted = int((from_top <= cap).sum())
     flips = int(from_top[admitted - 1]) if admitted else 0
-    return Cut(THRESHOLD + LEVELS - admitted, 0, flips), admitted < LEVELS and flips < cap
+    return Cut(TOP_RANK + 1 - admitted, 0, flips), admitted < len(histogram) and flips < cap
 
 
 def add_lottery(cut: Cut, ticket_counts: torch.Tensor, cap: int) -> Cut:
-    """Let as many tickets of the next level win as the cap still admits."""
+    """Let as many tickets of the next rank win as the cap still admits."""
     running = ticket_counts.cumsum(0)
     tickets = int((running <= cap - cut.flips).sum())
-    return Cut(cut.level, tickets, cut.flips + (int(running[tickets - 1]) if tickets else 0))
+    return Cut(cut.rank, tickets, cut.flips + (int(running[tickets - 1]) if tickets else 0))

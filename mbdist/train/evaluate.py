@@ -1,48 +1,74 @@
-"""Perplexity over windows: exp of the mean negative log-likelihood of tokens 2 .. window of every window."""
+"""What an evaluation measures over windows: perplexity and, against a teacher, KL and agreement of the top-1 token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import datasets
 import torch
+from torch.nn import functional
 
 from mbdist.comm.communicator import Communicator
 from mbdist.data.batches import fetch
 
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # (batch, window) int64 -> (batch, window, V)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the learned tokens 2 .. window of every window."""
+
+    perplexity: float  # exp of the mean negative log-likelihood
+    kl: float | None = None  # KL(teacher || model), nats a token
+    top1_agreement: float | None = None  # share of tokens where both rank the same token first
+
 
 @torch.no_grad()
-def perplexity(
-    logits_of: Callable[[torch.Tensor], torch.Tensor],  # (batch, window) int64 -> (batch, window, V)
+def evaluate(
+    logits_of: LogitsOf,
     windows: datasets.Dataset,
     batch_size: int,
     communicator: Communicator,
     device: torch.device,
-) -> float:
-    """Over the learned tokens of all windows. Ranks take turns; all of them make the same number of forward passes,
-    because a gather of partitioned weights needs everyone."""
+    teacher: LogitsOf | None = None,
+) -> Evaluation:
+    """Ranks take turns; all of them make the same number of forward passes, because a gather of partitioned weights
+    needs everyone."""
     ranks = communicator.world_size
     mine = list(range(communicator.rank, len(windows), ranks))
     passes = math.ceil(math.ceil(len(windows) / ranks) / batch_size)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # targets, nll, kl, agreements
     for i in range(passes):
         numbers = mine[i * batch_size : (i + 1) * batch_size]
         batch = fetch(windows, numbers or [0])
-        logits = logits_of(batch.input_ids.to(device))
+        ids, learned = batch.input_ids.to(device), batch.learned.to(device)
+        logits = logits_of(ids)
+        taught = teacher(ids) if teacher is not None else None
         if numbers:
-            nll, count = _negative_log_likelihood(logits, batch.input_ids.to(device), batch.learned.to(device))
-            totals += torch.stack((nll, count))
-    nll, tokens = communicator.all_reduce_sum(totals, "evaluation").tolist()
-    return math.exp(min(nll / tokens, 700.0)) if tokens else math.nan
+            totals += _sums(logits, taught, ids, learned)
+    targets, nll, kl, agreed = communicator.all_reduce_sum(totals, "evaluation").tolist()
+    if not targets:
+        return Evaluation(math.nan)
+    perplexity = math.exp(min(nll / targets, 700.0))
+    return Evaluation(perplexity) if teacher is None else Evaluation(perplexity, kl / targets, agreed / targets)
 
 
-def _negative_log_likelihood(
-    logits: torch.Tensor, input_ids: torch.Tensor, learned: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed nll, number of targets), fp64, one sequence at a time: fp32 logits of a batch would not stay in cache."""
-    nll = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for row, ids, is_target in zip(logits, input_ids, learned[:, 1:], strict=True):
-        token_nll = torch.nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
-        nll += token_nll[is_target].double().sum()
-    return nll, learned[:, 1:].sum().double()
+def _sums(
+    logits: torch.Tensor,  # (batch, window, V)
+    taught: torch.Tensor | None,  # (batch, window, V)
+    input_ids: torch.Tensor,
+    learned: torch.Tensor,
+) -> torch.Tensor:
+    """(targets, nll, kl, agreements), fp64, one sequence at a time: fp32 logits of a batch would not stay in cache."""
+    sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
+    for row, is_target in enumerate(learned[:, 1:]):
+        log_p = logits[row, :-1][is_target].float().log_softmax(-1)
+        sums[0] += is_target.sum()
+        sums[1] += functional.nll_loss(log_p, input_ids[row, 1:][is_target], reduction="none").double().sum()
+        if taught is not None:
+            log_q = taught[row, :-1][is_target].float().log_softmax(-1)
+            sums[2] += functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum()
+            sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    return sums

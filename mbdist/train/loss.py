@@ -29,7 +29,7 @@ class _TokenLoss(torch.autograd.Function):
     """sum over rows of kl_weight * KL + ce_weight * cross-entropy, and both sums for the log."""
 
     @staticmethod
-    def forward(ctx, student, teacher, targets, temperature, kl_weight, ce_weight):
+    def forward(ctx, student, teacher, targets, temperature, kl_weight, ce_weight, top_k):
         grad = torch.empty_like(student)
         kl_sum = torch.zeros((), dtype=torch.float64, device=student.device)
         ce_sum = torch.zeros_like(kl_sum)
@@ -49,6 +49,8 @@ class _TokenLoss(torch.autograd.Function):
                     log_p = (logits / temperature).log_softmax(-1)
                 taught = teacher[chunk].float()
                 log_q = (taught / temperature if temperature != 1.0 else taught).log_softmax(-1)
+                if top_k is not None:
+                    log_q = _tail_like_student(log_q, log_p, top_k)
                 q = log_q.exp()
                 # temperature^2 keeps the size of the gradient independent of the temperature (Hinton et al.)
                 kl_sum += temperature**2 * (q * (log_q - log_p)).sum()
@@ -60,7 +62,20 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _kl, _ce):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None
+
+
+def _tail_like_student(
+    log_q: torch.Tensor,  # (rows, V): the teacher's
+    log_p: torch.Tensor,  # (rows, V): the student's
+    top_k: int,
+) -> torch.Tensor:
+    """The teacher's distribution with everything below its ``top_k`` tokens shared out as the student does: KL to it is
+    KL over top_k tokens and one bucket for the rest, and so is its gradient (the shares are constants in it)."""
+    top, where = log_q.topk(min(top_k, log_q.shape[-1]))
+    rest_q = torch.log1p(-top.logsumexp(-1, keepdim=True).exp().clamp_max(1 - 1e-7))
+    rest_p = torch.log1p(-log_p.gather(-1, where).logsumexp(-1, keepdim=True).exp().clamp_max(1 - 1e-7))
+    return (log_p + (rest_q - rest_p)).scatter(-1, where, top)
 
 
 def distillation_loss(
@@ -86,6 +101,7 @@ def distillation_loss(
         config.temperature,
         config.kl_weight,
         ce_weight,
+        config.top_k,
     )
     total = total / max(1, num_sequences if config.kl_reduction == "batchmean" else num_targets)
     if config.hidden != "none":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.convert import convert_model
 from mbdist.data import Corpus, load_corpus
+from mbdist.data.calibration import calibration_batches
+from mbdist.data.windows import load_windows
 from mbdist.errors import UserError
 from mbdist.model.layers import bits_per_weight
 from mbdist.model.loading import (
@@ -85,15 +86,18 @@ def wait_until_prepared(config: RunConfig) -> None:
 def _convert(config: RunConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, metrics: MetricsWriter) -> None:
     metrics.write("loading", model=config.model.path)
     model = load_model(config.model)
-    metrics.write("converting", planes=config.convert.planes, init=config.convert.init)
-    windows = min(len(corpus.train), math.ceil(config.convert.calibration_tokens / config.data.window))
-    calibration = corpus.train.select(range(windows)).iter(batch_size=config.train.micro_batch)
-    reports = list(convert_model(model, config.convert, (batch["input_ids"].long() for batch in calibration)))
+    metrics.write("converting", planes=config.convert.planes, bits=config.convert.bits, init=config.convert.init)
+    calibration = []
+    if config.convert.needs_calibration:
+        source = config.convert.calibration
+        windows = corpus.train if source is None else load_windows(source, config.data, tokenizer)
+        calibration = calibration_batches(windows, config.convert.calibration_tokens)
+    reports = list(convert_model(model, config.convert, calibration))
     save_model(model, tokenizer, Path(config.run_dir) / "converted")
     metrics.write(
         "converted",
         layers=len(reports),
-        planes=config.convert.planes,
+        planes={report.name: report.planes for report in reports},
         bits_per_weight=bits_per_weight(model),
         mean_relative_error=sum(report.relative_error for report in reports) / len(reports),
         relative_error={report.name: round(report.relative_error, 5) for report in reports},

@@ -17,12 +17,12 @@ from mbdist.data import Batch, Batches, load_corpus
 from mbdist.engine import Engine
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_tensors
-from mbdist.model.layers import bits_per_weight, boolean_layers
+from mbdist.model.layers import bits_per_weight, boolean_layers, is_scale
 from mbdist.model.loading import load_model, load_tokenizer
 from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport
 from mbdist.train.environment import all_cores, compute_dtype, set_up_worker
-from mbdist.train.evaluate import perplexity
+from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import prepare, student_source, teacher_source, wait_until_prepared
@@ -60,7 +60,7 @@ def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: to
             continue
         matching = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
         unused -= matching
-        parameter.requires_grad = bool(matching) or name.endswith((".scale_out", ".scale_in"))
+        parameter.requires_grad = bool(matching) or is_scale(name)
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     if unused:
         names = ", ".join(
@@ -131,7 +131,7 @@ class Trainer:
             codec=config.comm.codec,
             planes=self.num_planes,
             bits_per_weight=self.bits_per_weight,
-            trained_bits={plane.name: plane.layer.num_weights for plane in self.boolean.planes},
+            trained_weights={entry.name: entry.layer.num_weights for entry in self.boolean.accumulated},
         )
 
     # Forward passes.
@@ -155,14 +155,16 @@ class Trainer:
         forward = self._teach if name == "float" else self._student
         self.engine.module.eval()
         started = time.perf_counter()
-        value = perplexity(
+        found = evaluate(
             lambda ids: forward(ids).logits,
             self.corpus.eval,
             self.config.train.eval_batch,
             self.communicator,
             self.device,
         )
-        self.metrics.write("eval", name=name, perplexity=value, seconds=round(time.perf_counter() - started, 2))
+        self.metrics.write(
+            "eval", name=name, perplexity=found.perplexity, seconds=round(time.perf_counter() - started, 2)
+        )
 
     # Training.
 
@@ -228,7 +230,7 @@ class Trainer:
         )
 
     def _check_replicas(self, step: int) -> None:
-        differs = self.boolean.store.check_replicas([plane.name for plane in self.boolean.planes])
+        differs = self.boolean.store.check_replicas(self.boolean.plane_names)
         if differs is not None:
             raise RuntimeError(f"after step {step} the ranks hold different planes; the first that differs: {differs}")
 
@@ -244,9 +246,11 @@ class Trainer:
             kl=kl if self.teacher is not None else None,
             cross_entropy=cross_entropy,
             skipped=report is None,
-            flip_rate=report.total() / self.boolean.num_trained_bits if report else 0.0,
+            flip_rate=report.total() / self.boolean.num_trained_weights if report else 0.0,
             flip_cap=report.cap_rate if report else 0.0,
             flips=report.flips if report else {},
+            flipped_back=report.flipped_back if report else {},
+            flip_candidates=report.candidates if report else {},
             learning_rate=self.learning_rate,
             gradient_norm=self.engine.gradient_norm,
             tokens_per_s=tokens / seconds,

@@ -23,7 +23,7 @@ _SAYS = {
     "prepared": "the converted model of an earlier run with the same settings is reused",
     "tokenized": "data: {train_windows} training windows, {eval_windows} held out",
     "start": "{world_size} worker(s) on {device}, ZeRO stage {zero_stage}, {precision}, micro-batch {micro_batch} x "
-    "{accumulation}, signal as {codec}, {trained_bits:,} trained bits",
+    "{accumulation}, signal as {codec}, {trained_weights:,} trained weights",
     "eval": "perplexity, {name}: {perplexity:,.2f}",
     "saved": "saved {folder}",
 }
@@ -72,7 +72,7 @@ class RunWatcher:
             return
         if event == "start":
             self._steps = record["steps"]
-            record["trained_bits"] = sum(record["trained_bits"].values())
+            record["trained_weights"] = sum(record["trained_weights"].values())
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)

@@ -5,18 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbdist_kernels import (
+    ACCUMULATOR_FORMATS,
     FIXED_ONE,
     THRESHOLD,
     accumulate_signal,
-    count_candidates,
     draw_tickets,
     find_candidates,
+    flip_mask,
     fold_key,
     native,
     pack_signs,
     popcount,
     random_bits,
-    select_flips,
     unpack_signs,
 )
 
@@ -108,26 +108,43 @@ def setting(seed=0, words=40):
     return accumulator, plane, rank
 
 
-def test_count_and_find_candidates(implementation):
-    accumulator, plane, rank = setting()
-    histogram = count_candidates(accumulator, plane)
-    for level in range(THRESHOLD, 128):
-        assert int(histogram[level - THRESHOLD]) == int((rank == level).sum())
-    assert torch.equal(find_candidates(accumulator, plane, 80), (rank == 80).nonzero().flatten())
+@pytest.mark.parametrize("form", ["int8", "int4", "fp32"])
+def test_find_candidates(implementation, form):
+    form = ACCUMULATOR_FORMATS[form]
+    accumulator, plane, _ = setting()
+    accumulator = accumulator if form.bound == 127 else (accumulator / (127 / form.bound)).to(form.dtype)
+    signs = unpack_signs(plane[None], len(accumulator), torch.float32)[0]
+    for words, rank in ((plane, accumulator * signs), (None, accumulator.float().abs())):
+        elements, values = find_candidates(accumulator, words, form)
+        expected = (rank >= form.threshold).nonzero().flatten()
+        assert 0 < len(expected) < len(accumulator) / 1.5
+        assert torch.equal(elements.long(), expected)
+        in_units = (accumulator[expected].float() * (64 / form.threshold)).clamp(-127, 127)
+        assert torch.equal(values, in_units.to(torch.int8))
+        assert (values.int().abs() >= THRESHOLD).all()
 
 
-@pytest.mark.parametrize("level", [64, 100, 127, 128])
-def test_select_flips(implementation, level):
-    accumulator, plane, rank = setting()
-    before, words = accumulator.clone(), plane.clone()
-    also = (rank == level - 1).nonzero().flatten()[:3]
-    mask = select_flips(accumulator, plane, level, also)
-    expected = rank >= level
-    expected[also] = True
-    assert torch.equal(unpack_signs(mask[None], len(rank))[0] < 0, expected)
-    assert torch.equal(accumulator, before.masked_fill(expected, 0))
-    assert torch.equal(plane, words)
-    assert popcount(mask) == int(expected.sum())
+def test_flip_mask_sets_these_bits_and_no_others():
+    elements = torch.tensor([0, 31, 32, 70, 95], dtype=torch.int32)
+    mask = flip_mask(elements, 4)
+    assert torch.equal((unpack_signs(mask[None], 128)[0] < 0).nonzero().flatten(), elements.long())
+    assert popcount(mask) == 5 and popcount(flip_mask(elements[:0], 4)) == 0
+
+
+def test_int4_keeps_its_bounds(implementation):
+    accumulator = torch.zeros(64, dtype=torch.int8)
+    signal = torch.ones(1, 64)
+    for step, expected in enumerate((4, 7, 7)):  # the threshold is 4, the bound 7
+        accumulate_signal(accumulator, signal, FIXED_ONE, 1.0, [step], 0, ACCUMULATOR_FORMATS["int4"])
+        assert (accumulator == expected).all()
+
+
+def test_fp32_accumulates_what_it_is_given():
+    accumulator = torch.zeros(64)
+    signals = torch.stack([torch.full((64,), 0.25), torch.full((64,), 5.0)])
+    signals[0, 0] = torch.nan
+    accumulate_signal(accumulator, signals, FIXED_ONE // 2, 0.5, [1, 2], 0, ACCUMULATOR_FORMATS["fp32"])
+    assert accumulator[0] == 0.5 and (accumulator[1:] == 0.75).all()
 
 
 def test_tickets_are_drawn_by_global_element():

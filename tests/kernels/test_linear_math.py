@@ -7,7 +7,7 @@ from mbdist_kernels import (
     column_square_sums,
     dequantize,
     pack_signs,
-    scale_gradients_and_signal,
+    scale_gradients_and_signals,
     unpack_signs,
     words_per_row,
 )
@@ -56,8 +56,8 @@ def test_weight_pass_matches_dense_algebra(implementation, shape, num_planes, dt
     row_factor, column_factor = torch.randn(m), torch.randn(n)
     grad_out, grad_in = torch.full((num_planes, m), torch.nan), torch.ones(num_planes, n)
     signal = torch.full((m, 32 * words_per_row(n)), torch.nan)
-    scale_gradients_and_signal(
-        gradient, planes, scale_out, scale_in, grad_out, grad_in, (row_factor, column_factor), signal
+    scale_gradients_and_signals(
+        gradient, planes, scale_out, scale_in, grad_out, grad_in, [(row_factor, column_factor, signal)]
     )
     g = gradient.double()
     for k, plane in enumerate(planes):
@@ -74,11 +74,11 @@ def test_rows_of_a_chunk_are_views(implementation):
     planes, scale_out, scale_in = random_planes(50, 70, 2)
     gradient = torch.randn(50, 70)
     whole = torch.empty(2, 50), torch.zeros(2, 70)
-    scale_gradients_and_signal(gradient, planes, scale_out, scale_in, *whole)
+    scale_gradients_and_signals(gradient, planes, scale_out, scale_in, *whole)
     parts = torch.empty(2, 50), torch.zeros(2, 70)
     for rows in (slice(0, 32), slice(32, 50)):
         views = [plane[rows] for plane in planes]
-        scale_gradients_and_signal(gradient[rows], views, scale_out[:, rows], scale_in, parts[0][:, rows], parts[1])
+        scale_gradients_and_signals(gradient[rows], views, scale_out[:, rows], scale_in, parts[0][:, rows], parts[1])
     assert torch.equal(whole[0], parts[0])
     torch.testing.assert_close(whole[1], parts[1], rtol=1e-5, atol=1e-5)
 
@@ -88,15 +88,14 @@ def test_a_row_that_is_not_a_number_stays_alone(implementation):
     gradient = torch.randn(40, 48)
     gradient[7] = torch.nan
     grad_out, signal = torch.zeros(2, 40), torch.zeros(40, 64)
-    scale_gradients_and_signal(
+    scale_gradients_and_signals(
         gradient,
         planes,
         scale_out,
         scale_in,
         grad_out,
         torch.zeros(2, 48),
-        (torch.ones(40), torch.ones(48)),
-        signal,
+        [(torch.ones(40), torch.ones(48), signal)],
     )
     others = torch.arange(40) != 7
     assert torch.isfinite(grad_out[:, others]).all() and torch.isfinite(signal[others]).all()
@@ -118,7 +117,7 @@ def test_results_do_not_depend_on_the_number_of_threads(implementation):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         grad_out, grad_in = torch.empty(2, 200), torch.zeros(2, 96)
-        scale_gradients_and_signal(gradient, planes, scale_out, scale_in, grad_out, grad_in)
+        scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_out, grad_in)
         results.append((dequantize(planes, scale_out, scale_in), grad_out, grad_in, column_square_sums(gradient)))
     torch.set_num_threads(before)
     if implementation == "native":

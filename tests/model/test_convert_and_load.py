@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from mbdist.config.schema import ConvertConfig, ModelConfig
 from mbdist.convert import convert_model
+from mbdist.convert.allocation import allocate, plane_bits
 from mbdist.convert.calibrated import calibrated
-from mbdist.convert.calibration import LayerStatistics, calibrate
+from mbdist.convert.calibration import BlockMoments, LayerMoments, block_names, squared_moments
 from mbdist.convert.joint import joint, nearest_signs, sweep
-from mbdist.convert.svid import rank_one_magnitude, svid
+from mbdist.convert.svid import rank_one_magnitude, successive_residuals, svid
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
@@ -89,22 +90,22 @@ def test_calibrated_keeps_outputs_better_than_joint():
     mix = torch.randn(96, 96) * torch.rand(96).mul(3).exp()[:, None] / 10
     x, fresh = torch.randn(2000, 96) @ mix.T, torch.randn(500, 96) @ mix.T
     weight = torch.randn(64, 96)
-    statistics = LayerStatistics(x.T @ x, torch.rand(64) + 0.1)
+    moments = LayerMoments(x.square().sum(0), torch.rand(64) + 0.1, x.T @ x)
     reference = fresh @ weight.T
 
     def output_error(found):
         dense = dequantize(found.planes, found.scale_out, found.scale_in)
         return ((fresh @ dense.T - reference).square().sum() / reference.square().sum()).item()
 
-    errors = [output_error(found) for found in (svid(weight, 2), joint(weight, 2), calibrated(weight, 2, statistics))]
+    errors = [output_error(found) for found in (svid(weight, 2), joint(weight, 2), calibrated(weight, 2, moments))]
     assert errors[2] < 0.5 * errors[1] < errors[0], errors
 
 
 def test_calibrated_survives_inputs_that_are_never_active():
     gram = torch.zeros(40, 40)
     gram[0, 0] = 5.0
-    for statistics in (LayerStatistics(gram, torch.zeros(8)), LayerStatistics(torch.zeros(40, 40), torch.zeros(8))):
-        found = calibrated(torch.randn(8, 40), 2, statistics)
+    for squares in (gram, torch.zeros(40, 40)):
+        found = calibrated(torch.randn(8, 40), 2, LayerMoments(squares.diagonal(), torch.zeros(8), squares))
         assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
 
 
@@ -112,18 +113,48 @@ def test_calibrated_survives_inputs_that_are_never_active():
 def test_calibration_collects_the_moments_of_inputs_and_output_gradients(architecture):
     model = models.small_model(architecture)
     layers = convertible_layers(model)
-    name = list(layers)[-1]
     seen = {}
-    layers[name].register_forward_hook(lambda _l, inputs, output: seen.update(x=inputs[0], y=output))
+
+    def remember(name):
+        return lambda _layer, inputs, output: seen.update({name: (inputs[0], output)})
+
+    handles = [layer.register_forward_hook(remember(name)) for name, layer in layers.items()]
     ids = torch.randint(0, models.VOCABULARY, (2, 16))
-    found = calibrate(model, layers, [ids, ids])
     loss = model(ids, labels=ids).loss
-    (gradient,) = torch.autograd.grad(loss, seen["y"])
-    x = seen["x"].detach().flatten(0, -2)
-    torch.testing.assert_close(found[name].gram, 2 * x.T @ x, rtol=1e-3, atol=1e-4)
-    expected = 2 * gradient.flatten(0, -2).square().sum(0)
-    torch.testing.assert_close(found[name].output_squares, expected, rtol=1e-3, atol=1e-9)
+    gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    for handle in handles:
+        handle.remove()
+    found = squared_moments(model, layers, [ids, ids])
     assert all(parameter.requires_grad for parameter in model.parameters()), "left as it was"
+    grams = {name: gram for block in BlockMoments(model, layers, [ids, ids], False) for name, gram in block.items()}
+    assert list(grams) == list(layers)
+    for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
+        x = x.detach().flatten(0, -2)
+        torch.testing.assert_close(grams[name], 2 * x.T @ x, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[name].input_squares, grams[name].diagonal(), rtol=1e-3, atol=1e-4)
+        expected = 2 * gradient.flatten(0, -2).square().sum(0)
+        torch.testing.assert_close(found[name].output_squares, expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_sequential_calibration_sees_what_the_converted_blocks_put_out(architecture):
+    ids = torch.randint(0, models.VOCABULARY, (4, 16))
+    model = models.small_model(architecture)
+    layers = convertible_layers(model)
+    last = list(layers)[-1]
+    final_gram = None
+    for block in BlockMoments(model, layers, list(ids.split(2)), sequential=True):
+        for name, gram in block.items():
+            model.get_submodule(name).weight.data.mul_(0.5)  # stands for the conversion
+            final_gram = gram if name == last else final_gram
+    block = next(name for name in block_names(model, layers) if last.startswith(f"{name}."))
+    for name in layers:
+        if name.startswith(f"{block}."):  # calibration saw the layers of the last block as they were
+            model.get_submodule(name).weight.data.mul_(2.0)
+    seen = []
+    model.get_submodule(last).register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0].flatten(0, -2)))
+    model(ids)
+    torch.testing.assert_close(final_gram, seen[0].T @ seen[0], rtol=1e-3, atol=1e-4)
 
 
 def test_calibrated_conversion_of_a_model_is_deterministic():
@@ -241,3 +272,31 @@ def test_a_broken_folder_is_one_clear_message(tmp_path, llama_folder, content):
     with pytest.raises(UserError, match="broken"):
         source = ModelConfig(path=str(folder))
         is_multi_boolean(source) or load_model(source)
+
+
+def test_allocation_spends_the_budget_where_it_does_most():
+    shapes = {"a": (64, 64), "b": (64, 64), "c": (64, 64)}
+    errors = {"a": [1.0, 0.9, 0.8], "b": [10.0, 1.0, 0.5], "c": [10.0, 8.0, 0.1]}
+    one_each = 3 * plane_bits((64, 64))
+    budget = (one_each + 3 * plane_bits((64, 64))) / (3 * 64 * 64)
+    assert allocate(errors, shapes, budget, per_bit=True) == {"a": 1, "b": 2, "c": 3}
+    with pytest.raises(UserError, match="too few"):
+        allocate(errors, shapes, 1.0, per_bit=True)
+
+
+@pytest.mark.parametrize("rule", ["second_order", "residual"])
+def test_conversion_to_a_budget_of_bits(rule):
+    ids = torch.randint(0, models.VOCABULARY, (4, 32))
+    model = models.small_model()
+    config = ConvertConfig(bits=3.6, allocation=rule, init="joint", max_planes=3)
+    reports = list(convert_model(model, config, list(ids.split(2))))
+    assert {report.planes for report in reports} > {1, 2} or {report.planes for report in reports} > {2, 3}
+    assert 3.2 < bits_per_weight(model) <= 3.6
+
+
+def test_residuals_of_successive_planes():
+    weight = torch.randn(64, 96)
+    norms = successive_residuals(weight, 3)
+    for planes, norm in enumerate(norms, start=1):
+        expected = svid(weight, planes).relative_error(weight) ** 0.5 * weight.norm().item()
+        assert norm == pytest.approx(expected, rel=1e-3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mbdist.model import linear
-from mbdist.model.linear import MultiBooleanLinear
+from mbdist.model.linear import MultiBooleanLinear, Signal
 from mbdist_kernels import pack_signs, unpack_signs
 
 
@@ -26,19 +26,17 @@ class RecordingSink:
         self.row_factor, self.column_factor = torch.randn(m), torch.randn(n)
         self.m, self.n = m, n
 
-    def signal_buffer(self, layer):
-        return torch.full((self.m, -(-self.n // 32) * 32), torch.nan)
+    def signals(self, layer):
+        values = torch.full((self.m, -(-self.n // 32) * 32), torch.nan)
+        other = torch.full_like(values, torch.nan)
+        return [
+            Signal(self.row_factor, self.column_factor, values),
+            Signal(torch.ones(self.m), torch.full((self.n,), 2.0), other),
+        ]
 
-    def factors(self, layer):
-        return self.row_factor, self.column_factor
-
-    def take(self, layer, signal, row_squares, column_squares, tokens):
-        self.signal, self.row_squares, self.column_squares, self.tokens = (
-            signal,
-            row_squares,
-            column_squares,
-            tokens,
-        )
+    def take(self, layer, signals, row_squares, column_squares, tokens):
+        self.signal, self.doubled = (signal.values for signal in signals)
+        self.row_squares, self.column_squares, self.tokens = row_squares, column_squares, tokens
 
 
 def dense_oracle(layer, x, grad_y):

@@ -28,7 +28,7 @@ def make_layers():
         layer = MultiBooleanLinear(n, m, 2, bias=False)
         for plane in layer.planes:
             plane.data = pack_signs(torch.randn(m, n, generator=generator))
-        layer.scale_out.data = torch.rand(2, m, generator=generator) + 0.5
+        layer.scale_out.data = torch.rand(2, m, generator=generator) + torch.tensor([[1.2], [0.5]])
         layer.scale_in.data = torch.rand(2, n, generator=generator) + 0.5
         layers[name] = layer
     return layers
@@ -43,6 +43,11 @@ def inputs_of(name, step, contribution):
     return x, (x @ drift.T + noise) / 72
 
 
+def store_of(optimizer):
+    planes = [layer.planes for layer in optimizer.layers.values()]
+    return ReplicatedPlanes(planes, optimizer.partitions, optimizer.communicator)
+
+
 def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
     layers = make_layers()
     ranks = communicator.world_size
@@ -55,14 +60,14 @@ def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
         CONTRIBUTIONS // ranks,
         seed=3,
     )
-    planes = [plane.layer.planes[1] for plane in optimizer.planes]
-    optimizer.store = ReplicatedPlanes(planes, [plane.partition for plane in optimizer.planes], communicator)
+    optimizer.store = store_of(optimizer)
     flips = []
     for step in range(steps):
         if state_at is not None and step == state_at:
             saved = optimizer.state_dict()
-            for plane in optimizer.planes:
-                plane.accumulator.fill_(99)
+            for entry in optimizer.accumulated:
+                entry.accumulator.fill_(9)
+                entry.recent.clear()
             optimizer.curvature.smoothed.fill_(-1)
             optimizer.step_count = 0
             optimizer.load_state_dict(saved)
@@ -73,8 +78,8 @@ def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
             optimizer.finish_micro_batch()
         assert optimizer.all_finite(torch.zeros(()))
         flips.append(dict(optimizer.step().flips))
-        assert optimizer.store.check_replicas(list(layers)) is None
-    return {name: layer.planes[1].data.clone() for name, layer in layers.items()}, flips
+        assert optimizer.store.check_replicas(optimizer.plane_names) is None
+    return {name: torch.stack(list(layer.planes)) for name, layer in layers.items()}, flips
 
 
 def _rank_main(rank, world_size, folder, config, codec):
@@ -101,29 +106,42 @@ def run_on_ranks(world_size, folder, config, codec="fp32"):
 def _differing_main(rank, world_size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
     communicator = Communicator(60)
-    planes = [layer.planes[1] for layer in make_layers().values()]
-    partitions = [WordPartition(plane.numel(), world_size) for plane in planes]
+    planes = [layer.planes for layer in make_layers().values()]
+    partitions = [WordPartition(of_layer[0].numel(), world_size) for of_layer in planes]
     store = ReplicatedPlanes(planes, partitions, communicator)
-    same = store.check_replicas(list(SHAPES))
+    names = [f"{name}.{k}" for name in SHAPES for k in range(2)]
+    same = store.check_replicas(names)
     if rank == 1:
-        planes[1].data[0, 0] ^= 4
-    torch.save((same, store.check_replicas(list(SHAPES))), f"{folder}/rank_{rank}.pt")
+        planes[1][1].data[0, 0] ^= 4
+    torch.save((same, store.check_replicas(names)), f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_the_replica_check_names_the_first_plane_that_differs(tmp_path):
     mp.spawn(_differing_main, (2, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        assert torch.load(tmp_path / f"rank_{rank}.pt") == (None, "b")
+        assert torch.load(tmp_path / f"rank_{rank}.pt") == (None, "b.1")
 
 
-CURVATURE = BooleanOptimizerConfig(step_size=4.0, max_step=1.0, max_flip_rate=0.02, warmup_fraction=0.0)
-RAW = BooleanOptimizerConfig(signal="raw", step_size=30.0, max_step=1.0, max_flip_rate=1.0, warmup_fraction=0.0)
+COMMON = {"step_size": 4.0, "max_step": 1.0, "max_flip_rate": 0.02, "warmup_fraction": 0.0}
+CURVATURE = BooleanOptimizerConfig(**COMMON)
+RAW = BooleanOptimizerConfig(
+    planes="last", signal="raw", step_size=30.0, max_step=1.0, max_flip_rate=1.0, warmup_fraction=0.0, guard=0.0
+)
+MODES = {
+    "levels": CURVATURE,
+    "raw": RAW,
+    "all": BooleanOptimizerConfig(planes="all", decay=0.9, **COMMON),
+    "alternating": BooleanOptimizerConfig(planes="alternating", alternate_every=2, accumulator="int4", **COMMON),
+    "first by rms": BooleanOptimizerConfig(planes=[0], signal="rms", accumulator="fp32", **COMMON),
+}
 
 
-@pytest.mark.parametrize("config", [CURVATURE, RAW], ids=["curvature", "raw"])
-@pytest.mark.parametrize("codec", ["fp32", "bf16"])
-def test_same_flips_for_any_number_of_ranks(tmp_path, config, codec):
+@pytest.mark.parametrize(
+    ("mode", "codec"), [("levels", "fp32"), ("levels", "bf16"), *((mode, "fp32") for mode in MODES if mode != "levels")]
+)
+def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
+    config = MODES[mode]
     alone, flips_alone = run(Communicator(), config, codec)
     assert sum(sum(step.values()) for step in flips_alone) > 20, "the test must see flips"
     for world_size in (2, 3, 4):
@@ -133,9 +151,10 @@ def test_same_flips_for_any_number_of_ranks(tmp_path, config, codec):
                 assert torch.equal(planes[name], alone[name]), name
 
 
-def test_state_dict_restores_a_run_exactly():
-    expected, _ = run(Communicator(), CURVATURE)
-    resumed, _ = run(Communicator(), CURVATURE, state_at=2)
+@pytest.mark.parametrize("mode", MODES)
+def test_state_dict_restores_a_run_exactly(mode):
+    expected, _ = run(Communicator(), MODES[mode])
+    resumed, _ = run(Communicator(), MODES[mode], state_at=2)
     for name in SHAPES:
         assert torch.equal(expected[name], resumed[name])
 
@@ -147,14 +166,14 @@ def test_first_curvature_step_only_measures():
 
 def test_raw_rule_flips_what_the_paper_says():
     """One step of the raw rule without cap: exactly the bits with eta * q * B >= 1 flip, up to the rounding of 1/64."""
-    config = BooleanOptimizerConfig(signal="raw", step_size=1.0, max_step=1.0, max_flip_rate=1.0, warmup_fraction=0.0)
+    config = RAW.model_copy(update={"step_size": 1.0})
     layer = MultiBooleanLinear(64, 32, 2, bias=False)
     for plane in layer.planes:
         plane.data = pack_signs(torch.randn(32, 64))
     layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, torch.rand(2, 64) + 0.5
     communicator = Communicator()
     optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), communicator, 10, 1, seed=0)
-    optimizer.store = ReplicatedPlanes([layer.planes[1]], [optimizer.planes[0].partition], communicator)
+    optimizer.store = store_of(optimizer)
     x, grad_y = torch.randn(20, 64), torch.randn(20, 32) / 5
     before = unpack_signs(layer.planes[1].data, 64)
     layer(x).backward(grad_y)
@@ -164,9 +183,9 @@ def test_raw_rule_flips_what_the_paper_says():
     flipped = unpack_signs(layer.planes[1].data, 64) != before
     gain = (grad_y.T @ x) * layer.scale_out[1][:, None] * layer.scale_in[1] * before
     assert flipped[gain > 1 + 1 / 32].all() and not flipped[gain < 1 - 1 / 32].any()
-    assert report.flips["l"] == int(flipped.sum()) > 50
+    assert report.flips["l.plane_1"] == int(flipped.sum()) > 50
     expected_beta = (1 << 15) - round(int(flipped.sum()) / (32 * 64) * (1 << 15))
-    assert optimizer.planes[0].beta_q15 == expected_beta  # beta = 1 - share of bits just flipped
+    assert optimizer.accumulated[0].beta_q15 == expected_beta  # beta = 1 - share of bits just flipped
 
 
 def test_curvature_signal_is_q_over_s2h():
@@ -176,12 +195,13 @@ def test_curvature_signal_is_q_over_s2h():
     for plane in layer.planes:
         plane.data = pack_signs(torch.randn(32, 64))
     layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, -torch.rand(2, 64) - 0.5
-    config = BooleanOptimizerConfig(step_size=0.25)
+    config = BooleanOptimizerConfig(planes="last", step_size=0.25)
     optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), Communicator(), 10, 1, seed=0)
     x, dy = torch.randn(50, 64), torch.randn(50, 32)
     optimizer.curvature.add(0, dy.double().square().sum(0), x.double().square().sum(0), 50)
     optimizer.curvature.absorb(50, 1.0)
-    row, column = optimizer.factors(layer)
+    (signal,) = optimizer.signals(layer)
+    row, column = signal.row_factor, signal.column_factor
     g = (dy.T @ x).double()
     s = torch.outer(layer.scale_out[1].double(), layer.scale_in[1].double())
     h = torch.outer(dy.double().square().sum(0), x.double().square().sum(0))
@@ -210,6 +230,6 @@ def test_state_of_another_run_is_refused():
     layers = make_layers()
     optimizer = BooleanOptimizer(layers, RAW, CommConfig(), Communicator(), 10, 1, seed=0)
     state = optimizer.state_dict()
-    state["planes"]["other"] = state["planes"].pop("a")
+    state["accumulators"]["other"] = state["accumulators"].pop("a.plane_1")
     with pytest.raises(ValueError, match="other layers"):
         optimizer.load_state_dict(state)

@@ -2,22 +2,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbdist.optim.flip_cap import add_lottery, cut_by_level
-from mbdist_kernels import LEVELS, THRESHOLD
+from mbdist.optim.flip_cap import add_lottery, cut_by_rank
+from mbdist_kernels import THRESHOLD, TOP_RANK
 
-COUNTS = st.lists(st.integers(0, 50), min_size=LEVELS, max_size=LEVELS)
+RANKS = TOP_RANK + 1 - THRESHOLD
+
+COUNTS = st.lists(st.integers(0, 50), min_size=RANKS, max_size=RANKS)
 
 
 @settings(max_examples=200, deadline=None)
 @given(COUNTS, st.integers(0, 2000), st.lists(st.integers(0, 30), min_size=64, max_size=64))
-def test_cut_holds_the_cap_and_wastes_no_whole_level(counts, cap, ticket_counts):
+def test_cut_holds_the_cap_and_wastes_no_whole_rank(counts, cap, ticket_counts):
     histogram = torch.tensor(counts)
-    cut, lottery = cut_by_level(histogram, cap)
-    above = int(histogram[max(0, cut.level - THRESHOLD) :].sum())
+    cut, lottery = cut_by_rank(histogram, cap)
+    above = int(histogram[max(0, cut.rank - THRESHOLD) :].sum())
     assert cut.flips == above <= cap
-    if cut.level > THRESHOLD:
-        assert above + counts[cut.level - 1 - THRESHOLD] > cap
-    assert lottery == (cut.level > THRESHOLD and above < cap)
+    if cut.rank > THRESHOLD:
+        assert above + counts[cut.rank - 1 - THRESHOLD] > cap
+    assert lottery == (cut.rank > THRESHOLD and above < cap)
     if lottery:
         filled = add_lottery(cut, torch.tensor(ticket_counts), cap)
         won = sum(ticket_counts[: filled.tickets])
@@ -26,10 +28,10 @@ def test_cut_holds_the_cap_and_wastes_no_whole_level(counts, cap, ticket_counts)
 
 
 def test_worked_example():
-    histogram = torch.zeros(LEVELS, dtype=torch.int64)
+    histogram = torch.zeros(RANKS, dtype=torch.int64)
     histogram[127 - THRESHOLD], histogram[100 - THRESHOLD] = 3, 10
-    cut, lottery = cut_by_level(histogram, 8)
-    assert (cut.level, cut.flips, lottery) == (101, 3, True)
+    cut, lottery = cut_by_rank(histogram, 8)
+    assert (cut.rank, cut.flips, lottery) == (101, 3, True)
     tickets = torch.zeros(64, dtype=torch.int64)
     tickets[0], tickets[1] = 4, 6
     cut = add_lottery(cut, tickets, 8)

@@ -23,9 +23,11 @@ def oracle(student, teacher, ids, learned, config):
     t = teacher.double()[:, :-1].reshape(-1, student.shape[-1])[mask]
     targets = ids[:, 1:].reshape(-1)[mask]
     tau = config.temperature
-    kl = tau**2 * torch.nn.functional.kl_div(
-        (s / tau).log_softmax(-1), (t / tau).log_softmax(-1), log_target=True, reduction="sum"
-    )
+    p, q = (s / tau).softmax(-1), (t / tau).softmax(-1)
+    if config.top_k is not None:  # the rest counts as one token
+        where = q.topk(config.top_k).indices
+        p, q = (torch.cat([top := x.gather(-1, where), 1 - top.sum(-1, keepdim=True)], -1) for x in (p, q))
+    kl = tau**2 * torch.nn.functional.kl_div(p.log(), q.log(), log_target=True, reduction="sum")
     ce = torch.nn.functional.cross_entropy(s, targets, reduction="sum")
     total = config.kl_weight * kl + config.cross_entropy_weight * ce
     total.backward()
@@ -40,6 +42,7 @@ def oracle(student, teacher, ids, learned, config):
         LossConfig(temperature=2.0, kl_weight=0.7),
         LossConfig(cross_entropy_weight=0.3),
         LossConfig(kl_weight=0.0, cross_entropy_weight=1.0),
+        LossConfig(top_k=4, temperature=1.5),
     ],
 )
 def test_matches_float64_autograd(monkeypatch, config, chunk_bytes):

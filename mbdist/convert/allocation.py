@@ -1,0 +1,87 @@
+"""How many planes each matrix gets under a budget of average bits (arXiv 2505.22811, section 5).
+
+Both rules start from one plane a matrix and keep giving a plane to the matrix where that lowers the objective most:
+
+* ``second_order`` (ours): sum over matrices of tr(D_out E D_in E^T), the factored second-order estimate of what the
+  error E does to the loss; D_in and D_out are the second moments of the inputs and output gradients. Gains count per
+  bit, because a plane of a large matrix spends more of the budget.
+* ``residual`` (the paper's, with equal importances): sum of e_l f(p_l), e_l the norm of the residual that successive
+  planes leave, p_l the matrix's share of the weights, f(p) = log(1 / p) / p. Needs no data. f favours small matrices
+  strongly, which is why ``max_planes`` is needed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import torch
+
+from mbdist.convert.calibration import LayerMoments
+from mbdist.convert.joint import joint
+from mbdist.convert.svid import successive_residuals
+from mbdist.errors import UserError
+
+_SAMPLED_ROWS = 256  # rows that an error is estimated on
+SCALE_BITS = 32  # fp32
+
+
+def plane_bits(shape: tuple[int, int]) -> int:
+    """Bits that one plane of a matrix (m, n) costs, its scales included."""
+    m, n = shape
+    return m * n + SCALE_BITS * (m + n)
+
+
+def second_order_errors(
+    weight: torch.Tensor,  # (m, n)
+    moments: LayerMoments,
+    max_planes: int,
+) -> list[float]:
+    """Estimated change of the loss with 1 .. max_planes planes, up to a factor that all matrices share."""
+    m = weight.shape[0]
+    rows = torch.arange(0, m, max(1, m // _SAMPLED_ROWS))
+    sampled = weight[rows].float() * moments.output_squares[rows].sqrt()[:, None] * moments.input_squares.sqrt()
+    energy = sampled.square().sum().item() * m / len(rows)
+    return [joint(sampled, planes).relative_error(sampled) * energy for planes in range(1, max_planes + 1)]
+
+
+def residual_errors(
+    weight: torch.Tensor,  # (m, n)
+    share: float,  # p: the matrix's share of all weights
+    max_planes: int,
+) -> list[float]:
+    """e(K) f(p) with 1 .. max_planes successive planes."""
+    return [norm * math.log(1 / share) / share for norm in successive_residuals(weight, max_planes)]
+
+
+def allocate(
+    errors: dict[str, list[float]],  # by matrix: the objective's term with 1, 2, .. planes
+    shapes: dict[str, tuple[int, int]],
+    average_bits: float,  # a weight, scales included
+    per_bit: bool,  # rank by gain a bit, not by gain
+) -> dict[str, int]:
+    """Planes by matrix. Raises UserError where not even one plane each fits the budget."""
+    weights = sum(m * n for m, n in shapes.values())
+    left = average_bits * weights - sum(plane_bits(shape) for shape in shapes.values())
+    if left < 0:
+        least = (average_bits * weights - left) / weights
+        raise UserError(f"{average_bits} bits a weight are too few: one plane each, with scales, takes {least:.3f}")
+    chosen = dict.fromkeys(shapes, 1)
+
+    def gain(name: str) -> float:
+        at = chosen[name]
+        lowered = errors[name][at - 1] - errors[name][at]
+        return lowered / plane_bits(shapes[name]) if per_bit else lowered
+
+    heap = [(-gain(name), name) for name in shapes if len(errors[name]) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, name = heapq.heappop(heap)
+        cost = plane_bits(shapes[name])
+        if cost > left:
+            continue  # a smaller matrix may still fit
+        left -= cost
+        chosen[name] += 1
+        if chosen[name] < len(errors[name]):
+            heapq.heappush(heap, (-gain(name), name))
+    return chosen
