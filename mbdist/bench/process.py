@@ -1,13 +1,20 @@
-"""Runs a measurement in a process of its own, so that peak memory and thread settings are its own."""
+"""What the benchmarks share: a process of its own for every measurement, so that peak memory and thread settings are
+its own, and a trainer on one rank."""
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mbdist.config import RunConfig
 from mbdist.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from mbdist.optim import BooleanOptimizer
+    from mbdist.train.trainer import Trainer
 
 
 def in_own_process(measure: Callable[..., dict], config: RunConfig, *arguments) -> dict:
@@ -43,3 +50,19 @@ def _report(measure: Callable[..., dict], config: RunConfig, arguments: tuple, s
     if torch.cuda.is_initialized():
         result["peak_rss"] = torch.cuda.max_memory_allocated()  # the memory that matters there
     send.send(result)
+
+
+def one_process_trainer(config: RunConfig, optimizer: type[BooleanOptimizer] | None = None) -> Trainer:
+    """Convert unless that is done already, and set up everything that a step needs, on one rank."""
+    from mbdist.comm.communicator import Communicator
+    from mbdist.optim import BooleanOptimizer
+    from mbdist.train.environment import set_up_worker
+    from mbdist.train.metrics import MetricsWriter
+    from mbdist.train.prepare import prepare
+    from mbdist.train.trainer import Trainer
+
+    device = set_up_worker(config)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
+    prepare(config, metrics)
+    return Trainer(config, device, Communicator(config.comm.timeout_s), metrics, optimizer or BooleanOptimizer)

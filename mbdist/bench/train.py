@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mbdist.bench.process import in_own_process
+from mbdist.bench.process import in_own_process, one_process_trainer
 from mbdist.config import RunConfig
 from mbdist.errors import UserError
 
@@ -101,34 +101,16 @@ def _timed_steps(step, total: int) -> float:
     return statistics.median(seconds[_WARM_UP_STEPS:])
 
 
-def _trainer(config: RunConfig):
-    from mbdist.comm.communicator import Communicator
-    from mbdist.train.environment import set_up_worker
-    from mbdist.train.metrics import MetricsWriter
-    from mbdist.train.prepare import prepare
-    from mbdist.train.trainer import Trainer
-
-    device = set_up_worker(config)
-    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
-    prepare(config, metrics)
-    return Trainer(config, device, Communicator(config.comm.timeout_s), metrics)
-
-
 def _measure_boolean(config: RunConfig) -> dict:
     import importlib.metadata
 
-    trainer = _trainer(config)
+    trainer = one_process_trainer(config)
     trainer.engine.module.train()
-    step_s = _timed_steps(trainer._step, config.train.steps)
-    memory = trainer.memory_bytes()
-    gradients = sum(p.nbytes for p in trainer.engine.module.parameters() if p.requires_grad)
-    of_linear = ("planes", "trained_floats_and_moments", "accumulators", "curvature", "flip_bookkeeping")
-    state = gradients + sum(memory[name] for name in of_linear)
-    weights = trainer.boolean.num_trained_weights
+    step_s = _timed_steps(trainer.step, config.train.steps)
     versions = {name: importlib.metadata.version(name) for name in ("mbdist", "torch", "deepspeed", "transformers")}
     return {
         "step_s": step_s,
-        "state_bytes_per_weight": state / weights,
+        "state_bytes_per_weight": trainer.state_bytes_per_weight(),
         "device": str(trainer.device),
         "versions": versions,
     }

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mbdist.cli.options import Overrides
+from mbdist.errors import UserError
 
 app = typer.Typer(
     help="Measure; every result is a ratio against a named baseline of the same run.", no_args_is_help=True
@@ -34,3 +35,33 @@ def train(
     from mbdist.config import load_config
 
     bench_train(load_config(config, overrides or []), steps, json_file)
+
+
+@app.command()
+def quality(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config: model, texts, tokens and all settings that rows share.")] = (
+        "configs/quality.yaml"
+    ),
+    group: Annotated[
+        list[str] | None, typer.Option(help="start, finetuned, ablation; repeatable. Default: all.")
+    ] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="Results; rows that stand there are kept.")] = Path(
+        "docs/benchmarks/quality.json"
+    ),
+) -> None:
+    """Perplexity against bits before and after finetuning, beside GPTQ, straight-through latents and the paper.
+
+    Example: `mbdist bench quality data.train.paths=[valid.txt] data.eval.paths=[test.txt] --group start`
+    """
+    from mbdist.bench.quality import GROUPS, bench_quality
+    from mbdist.bench.quality_report import write_report
+    from mbdist.config import load_config
+
+    unknown = [name for name in group or [] if name not in GROUPS]
+    if unknown:
+        raise UserError(f"--group {unknown[0]}: there is {', '.join(GROUPS)}")
+    if not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+    rows = bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
+    write_report(rows, json_file)

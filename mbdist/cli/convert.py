@@ -72,6 +72,7 @@ def convert(
 
 
 def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | None, output: Path) -> None:
+    import torch
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -82,6 +83,7 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
     from mbdist.model.layers import bits_per_weight, convertible_layers
     from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
     from mbdist.model.saving import save_model
+    from mbdist.train.environment import compute_dtype
 
     if is_multi_boolean(source):
         raise UserError(f"{source.path} is multi-Boolean already")
@@ -92,8 +94,9 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
         check_window(data.window, model.config, "--window")
         windows = load_windows(data.train, data, tokenizer)
         calibration = calibration_batches(windows, settings.calibration_tokens)
+    dtype = compute_dtype("auto", torch.device("cpu"))
     total = len(convertible_layers(model, settings.include, settings.exclude))
-    reports = list(track(convert_model(model, settings, calibration), "converting", total, console=console))
+    reports = list(track(convert_model(model, settings, calibration, dtype), "converting", total, console=console))
     save_model(model, tokenizer, output)
     table = Table("layer", "out x in", "planes", "relative error")
     for report in reports:

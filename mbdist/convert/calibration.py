@@ -32,10 +32,11 @@ def squared_moments(
     model: PreTrainedModel,
     layers: dict[str, nn.Module],
     batches: Sequence[torch.Tensor],  # (batch, window) int64 token ids
+    dtype: torch.dtype,  # of the passes through the model; moments are summed in fp32
 ) -> dict[str, LayerMoments]:
     """Squares of every layer's inputs and output gradients in one forward and backward pass of the float model."""
     moments = {}
-    with ExitStack() as hooks, _without_weight_gradients(model):
+    with ExitStack() as hooks, _without_weight_gradients(model), _computing_in(dtype):
         for name, layer in layers.items():
             out_features, in_features = linear_shape(layer)
             moments[name] = LayerMoments(torch.zeros(in_features), torch.zeros(out_features))
@@ -53,6 +54,10 @@ def squared_moments(
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
             model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
     return moments
+
+
+def _computing_in(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
 
 def _square_sums(values: torch.Tensor) -> torch.Tensor:
@@ -103,8 +108,10 @@ class BlockMoments:
         layers: dict[str, nn.Module],
         batches: Sequence[torch.Tensor],
         sequential: bool,
+        dtype: torch.dtype,  # of the passes through the model; moments are summed in fp32
     ):
         self.model = model
+        self.dtype = dtype
         self.batches = batches
         self.sequential = sequential
         self.blocks = block_names(model, layers)
@@ -134,7 +141,8 @@ class BlockMoments:
         def before_forward(name: str):
             def hook(_layer, inputs):
                 x = inputs[0].flatten(0, -2).float()
-                grams[name].addmm_(x.T, x)
+                with torch.autocast("cpu", enabled=False):
+                    grams[name].addmm_(x.T, x)
 
             return hook
 
@@ -142,15 +150,17 @@ class BlockMoments:
             for name in names:
                 layer = self.model.get_submodule(name)
                 hooks.callback(layer.register_forward_pre_hook(before_forward(name)).remove)
-            run()
+            with _computing_in(self.dtype):
+                run()
         return grams
 
     def _run(self, block: str, calls: list[_BlockCall], states: list[torch.Tensor]) -> list[torch.Tensor]:
         module = self.model.get_submodule(block)
         outputs = []
-        for call, hidden in zip(calls, states, strict=True):
-            output = module(hidden, *call.arguments, **call.keywords)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+        with _computing_in(self.dtype):
+            for call, hidden in zip(calls, states, strict=True):
+                output = module(hidden, *call.arguments, **call.keywords)
+                outputs.append(output[0] if isinstance(output, tuple) else output)
         return outputs
 
     def _calls(self) -> dict[str, list[_BlockCall]]:
@@ -169,7 +179,7 @@ class BlockMoments:
 
             return hook
 
-        with ExitStack() as hooks:
+        with ExitStack() as hooks, _computing_in(self.dtype):
             for block in self.blocks:
                 module = self.model.get_submodule(block)
                 hooks.callback(module.register_forward_pre_hook(before_forward(block), with_kwargs=True).remove)

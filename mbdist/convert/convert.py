@@ -45,16 +45,17 @@ def convert_model(
     model: PreTrainedModel,
     config: ConvertConfig,
     calibration: Iterable[torch.Tensor] = (),  # batches of token ids (batch, window), where config.needs_calibration
+    dtype: torch.dtype = torch.float32,  # of the calibration's passes through the model
 ) -> Iterator[LayerReport]:
     """Convert the chosen layers in place, yielding a report after each; the model can be saved once it is exhausted."""
     initialize = INITIALIZATIONS[config.init]
     chosen = convertible_layers(model, config.include, config.exclude)
     batches = list(calibration)
-    moments = squared_moments(model, chosen, batches) if config.needs_calibration else {}
+    moments = squared_moments(model, chosen, batches, dtype) if config.needs_calibration else {}
     planes = choose_planes(chosen, config, moments)
     blocks: Iterable[dict[str, torch.Tensor | None]] = [dict.fromkeys(chosen)]
     if config.init == "calibrated":
-        blocks = BlockMoments(model, chosen, batches, config.sequential)
+        blocks = BlockMoments(model, chosen, batches, config.sequential, dtype)
     for grams in blocks:
         for name in list(grams):
             original = chosen.pop(name)

@@ -11,6 +11,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from mbdist.config.schema import ModelConfig, RunConfig
@@ -29,6 +30,7 @@ from mbdist.model.loading import (
     resolve_path,
 )
 from mbdist.model.saving import save_model
+from mbdist.train.environment import compute_dtype
 from mbdist.train.metrics import MetricsWriter
 
 
@@ -92,7 +94,8 @@ def _convert(config: RunConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corp
         source = config.convert.calibration
         windows = corpus.train if source is None else load_windows(source, config.data, tokenizer)
         calibration = calibration_batches(windows, config.convert.calibration_tokens)
-    reports = list(convert_model(model, config.convert, calibration))
+    dtype = compute_dtype(config.train.precision, torch.device("cpu"))
+    reports = list(convert_model(model, config.convert, calibration, dtype))
     save_model(model, tokenizer, Path(config.run_dir) / "converted")
     metrics.write(
         "converted",
@@ -108,7 +111,8 @@ def _key(config: RunConfig) -> str:
     """Identifies the settings that preparation depends on, and the files of a local model."""
     folder = Path(resolve_path(config.model.path))
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.*"))
-    sections = [section.model_dump() for section in (config.model, config.convert, config.data)]
+    sections = [config.model.model_dump(), config.convert.model_dump()]
+    sections.append(config.data.model_dump(exclude={"max_eval_windows", "cache_dir"}))
     described = [sections, config.train.sequences_per_step, files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

@@ -72,7 +72,14 @@ def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: to
 class Trainer:
     """Student, teacher, data and both optimizers of one worker."""
 
-    def __init__(self, config: RunConfig, device: torch.device, communicator: Communicator, metrics: MetricsWriter):
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        communicator: Communicator,
+        metrics: MetricsWriter,
+        optimizer: type[BooleanOptimizer] = BooleanOptimizer,
+    ):
         self.config = config
         self.device = device
         self.communicator = communicator
@@ -97,7 +104,7 @@ class Trainer:
         if config.train.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         self.teacher = self._load_teacher()
-        self.boolean = BooleanOptimizer(
+        self.boolean = optimizer(
             dict(boolean_layers(student)),
             config.boolean,
             config.comm,
@@ -173,7 +180,7 @@ class Trainer:
         skipped = 0
         for step in range(self.config.train.steps):
             started = time.perf_counter()
-            report, losses = self._step(step)
+            report, losses = self.step(step)
             skipped = 0 if report else skipped + 1
             self._log_step(step, report, losses, time.perf_counter() - started)
             if skipped >= self.config.train.max_skipped_steps:
@@ -185,7 +192,7 @@ class Trainer:
             if every and (step + 1) % every == 0:
                 self._check_replicas(step)
 
-    def _step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
+    def step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
         """One optimizer step: (report, or None where it was skipped; mean loss, kl, cross-entropy, and targets)."""
         config, ranks = self.config, self.communicator.world_size
         micro_batches = [self.batches.micro_batch_at(step, a) for a in range(config.accumulation)]
@@ -274,6 +281,14 @@ class Trainer:
             "process": psutil.Process().memory_info().rss,
             **({"device_peak": torch.cuda.max_memory_allocated()} if self.device.type == "cuda" else {}),
         }
+
+    def state_bytes_per_weight(self) -> float:
+        """Training state of the linear layers on this rank, gradients of the floats included, a weight: what dense
+        finetuning with AdamW needs 16 bytes for."""
+        memory = self.memory_bytes()
+        of_linear = ("planes", "trained_floats_and_moments", "accumulators", "curvature", "flip_bookkeeping")
+        gradients = sum(p.nbytes for p in self.engine.module.parameters() if p.requires_grad)
+        return (gradients + sum(memory[name] for name in of_linear)) / self.boolean.num_trained_weights
 
     # The end.
 

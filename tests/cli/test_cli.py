@@ -29,7 +29,18 @@ def converted(tmp_path_factory, llama_folder):
 
 @pytest.mark.parametrize(
     "verb",
-    ["convert", "train", "eval", "generate", "launch local", "config schema", "config check", "env", "bench train"],
+    [
+        "convert",
+        "train",
+        "eval",
+        "generate",
+        "launch local",
+        "config schema",
+        "config check",
+        "env",
+        "bench train",
+        "bench quality",
+    ],
 )
 def test_help_has_an_example(verb):
     assert f"mbdist {verb}" in mbdist(*verb.split(), "--help").stdout.split("Example:")[1] or verb == "train"
@@ -54,6 +65,42 @@ def test_eval_prints_json_that_agrees_with_transformers(converted, tmp_path, lla
         assert ("bits_per_weight" in found) == (folder == converted[0])
 
 
+def test_eval_against_a_teacher_and_on_published_windows(converted, tmp_path, llama_folder):
+    text = tmp_path / "wiki.test.raw"
+    text.write_text(" \n = Name = \n \n The value of a name is an object . \n" * 30)
+    options = ["--text", text, "--window", 32, "--precision", "fp32", "--max-windows", 6]
+    found = json.loads(mbdist("eval", converted[0], *options, "--teacher", llama_folder).stdout)
+    assert found["kl"] > 0 and 0 <= found["top1_agreement"] <= 1
+    same = json.loads(mbdist("eval", llama_folder, *options, "--teacher", llama_folder).stdout)
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
+    published = json.loads(mbdist("eval", llama_folder, *options, "--preparation", "wikitext2").stdout)
+    assert published["preparation"] == "wikitext2" and published["perplexity"] != same["perplexity"]
+
+
+def test_eval_of_a_zero_shot_task_from_local_files(converted, tmp_path):
+    """lm-eval through the real package: a multiple-choice task of our own, read from a local file."""
+    records = [{"q": f"The value of {n} is", "a": [" an object", " xq zz"], "gold": 0} for n in range(4)]
+    (tmp_path / "records.json").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "names.yaml").write_text(
+        f"task: names\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/records.json}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: a\ndoc_to_target: gold\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    done = mbdist("eval", converted[0], "--tasks", "names", "--task-folder", tmp_path)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 <= found["tasks"]["names"]["acc"] <= 1 and found["bits_per_weight"] > 3
+    unknown = mbdist("eval", converted[0], "--tasks", "no_such_task", "--task-folder", tmp_path, check=False)
+    assert "knows no task no_such_task" in unknown.stderr
+
+
+def test_convert_to_a_budget_of_bits(tmp_path, llama_folder):
+    done = mbdist("convert", llama_folder, tmp_path / "model", "--bits", 4.5, "--python-docs", "--window", 32,
+                  "--calibration-tokens", 64)  # fmt: skip
+    assert "bits a weight" in done.stdout
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert len(set(config["quantization_config"]["planes"].values())) > 1
+
+
 def test_generate(converted):
     output = mbdist("generate", converted[0], "--prompt", "The value", "--max-new-tokens", 4).stdout
     assert output.startswith("The value") and len(output.strip()) > len("The value")
@@ -71,9 +118,12 @@ def test_env_and_schema_are_json():
         (["convert", "nowhere", "out"], "cannot load the model nowhere"),
         (["convert", "package:no_such_package", "out"], "no Python package no_such_package"),
         (["convert", "{model}", "out", "--include", "x"], "no linear layer is left"),
-        (["convert", "{model}", "out", "--init", "magic"], "there is svid, joint, calibrated"),
+        (["convert", "{model}", "out", "--init", "magic"], "there is calibrated, joint, svid"),
         (["convert", "{model}", "out", "--init", "calibrated"], "name it with --text FILE, or --python-docs"),
-        (["convert", "{model}", "out", "--python-docs"], "--init joint needs no text"),
+        (["convert", "{model}", "out", "--python-docs"], "--init joint takes none here"),
+        (["convert", "{model}", "out", "--bits", "3", "--planes", "2"], "exclude each other"),
+        (["convert", "{model}", "out", "--bits", "3"], "takes text to calibrate on"),
+        (["convert", "{model}", "out", "--bits", "0.5", "--allocation", "residual"], "0.5 bits a weight are too few"),
         (["convert", "{converted}", "out"], "is multi-Boolean already"),
         (["convert", "{model}", "{model}"], "is not an empty folder"),
         (["convert", "{model}", "out", "--planes", "99"], "less than or equal to 8"),
@@ -81,6 +131,9 @@ def test_env_and_schema_are_json():
         (["eval", "{model}", "--window", "32", "--text", "none.txt"], "no file matches"),
         (["eval", "{model}", "--python-docs", "--window", "4096"], "longer than the model's context"),
         (["eval", "{model}", "--python-docs", "--device", "tpu"], "there is auto, cpu, cuda"),
+        (["eval", "{model}", "--python-docs", "--tasks", "piqa"], "name what to measure on"),
+        (["eval", "{model}", "--python-docs", "--preparation", "ptb"], "there is packed, wikitext2, c4"),
+        (["bench", "quality", "--group", "x"], "there is start, finetuned, ablation"),
         (["generate", "nowhere", "--prompt", "x"], "cannot load the model nowhere"),
         (["train", "none.yaml"], "cannot read the config none.yaml"),
         (["launch", "local", "none.yaml"], "cannot read the config none.yaml"),

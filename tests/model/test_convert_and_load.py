@@ -124,9 +124,10 @@ def test_calibration_collects_the_moments_of_inputs_and_output_gradients(archite
     gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
     for handle in handles:
         handle.remove()
-    found = squared_moments(model, layers, [ids, ids])
+    found = squared_moments(model, layers, [ids, ids], torch.float32)
     assert all(parameter.requires_grad for parameter in model.parameters()), "left as it was"
-    grams = {name: gram for block in BlockMoments(model, layers, [ids, ids], False) for name, gram in block.items()}
+    blocks = BlockMoments(model, layers, [ids, ids], False, torch.float32)
+    grams = {name: gram for block in blocks for name, gram in block.items()}
     assert list(grams) == list(layers)
     for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
         x = x.detach().flatten(0, -2)
@@ -143,7 +144,7 @@ def test_sequential_calibration_sees_what_the_converted_blocks_put_out(architect
     layers = convertible_layers(model)
     last = list(layers)[-1]
     final_gram = None
-    for block in BlockMoments(model, layers, list(ids.split(2)), sequential=True):
+    for block in BlockMoments(model, layers, list(ids.split(2)), True, torch.float32):
         for name, gram in block.items():
             model.get_submodule(name).weight.data.mul_(0.5)  # stands for the conversion
             final_gram = gram if name == last else final_gram

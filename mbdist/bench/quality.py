@@ -1,0 +1,181 @@
+"""``mbdist bench quality``: what a bit buys, before and after finetuning, beside the methods that people use today.
+
+Every row is one measurement in a process of its own: train and calibrate on one text, report on another. Rows land in
+the result file as they are done, with a key of everything they depend on, so a run that was cut off goes on where it
+stopped, and a change of one setting repeats only the rows that it touches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mbdist.bench.process import in_own_process
+from mbdist.bench.quality_rows import (
+    measure_finetuned_float,
+    measure_float,
+    measure_gptq,
+    measure_round_to_nearest,
+    measure_run,
+    measure_straight_through,
+)
+from mbdist.config import RunConfig
+
+_FORMAT = 1  # of a row; part of its key
+_PAPER = {  # configs/paper.yaml, as changes
+    "convert.init": "svid",
+    "boolean.planes": "last",
+    "boolean.signal": "raw",
+    "boolean.step_size": 5e-3,
+    "boolean.max_step": 1.0,
+    "boolean.max_flip_rate": 1.0,
+    "boolean.warmup_fraction": 0.0,
+    "boolean.guard": 0.0,
+    "boolean.decay": 1.0,
+    "floats.lr": 2e-5,
+    "floats.also_train_lr": 2e-5,
+    "floats.relative_lr": False,
+    "floats.also_train": ["*norm*", "*embed*"],
+    "floats.warmup_fraction": 0.03,
+    "loss.kl_reduction": "batchmean",
+    "loss.kl_weight": 1.0,
+    "loss.cross_entropy_weight": 0.0,
+    "loss.hidden": "mse",
+    "loss.hidden_weight": 10.0,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    group: str
+    name: str
+    measure: Callable[..., dict]
+    changes: dict = field(default_factory=dict)  # to the base config, as {"section.key": value}
+    arguments: tuple = ()
+
+
+def _start_rows() -> Iterator[Row]:
+    yield Row("start", "float", measure_float)
+    for planes in (1, 2, 3, 4):
+        for init in ("svid", "joint", "calibrated"):
+            changes = {"convert.planes": planes, "convert.init": init, "train.steps": 0}
+            yield Row("start", init, measure_run, changes)
+    for bits in (2, 3, 4):
+        for group in (128, 64):
+            yield Row("start", f"round to nearest, g{group}", measure_round_to_nearest, {}, (bits, group))
+            yield Row("start", f"GPTQ, g{group}", measure_gptq, {}, (bits, group))
+
+
+def _finetuned_rows() -> Iterator[Row]:
+    yield Row("finetuned", "float", measure_finetuned_float)
+    for planes in (2, 3):
+        at = {"convert.planes": planes}
+        yield Row("finetuned", "scales and bits", measure_run, at)
+        yield Row("finetuned", "scales only", measure_run, {**at, "boolean.step_size": 0.0})
+        yield Row("finetuned", "straight-through latents", measure_straight_through, at)
+        yield Row("finetuned", "paper", measure_run, {**at, **_PAPER})
+
+
+def _ablation_rows() -> Iterator[Row]:
+    def row(name: str, changes: dict) -> Row:
+        return Row("ablation", name, measure_run, changes)
+
+    for init in ("svid", "joint"):
+        yield row(f"init {init}", {"convert.init": init})
+        yield row(f"init {init}, scales only", {"convert.init": init, "boolean.step_size": 0.0})
+    for signal in ("raw", "rms"):
+        yield row(f"signal {signal}", {"boolean.signal": signal})
+    for cap in (1e-4, 1e-3):
+        yield row(f"cap {cap:g}", {"boolean.max_flip_rate": cap})
+    for limit in (0.0625, 0.25):
+        yield row(f"max_step {limit:g}", {"boolean.max_step": limit})
+    for planes in ("last", [0], "all", "alternating"):
+        yield row(f"planes {planes}", {"boolean.planes": planes})
+    for kind in ("int4", "fp32"):
+        yield row(f"accumulator {kind}", {"boolean.accumulator": kind})
+    for tokens in (8192, 131072):
+        yield row(f"calibrated on {tokens} tokens", {"convert.calibration_tokens": tokens, "train.steps": 0})
+    yield row("calibrated block after block", {"convert.sequential": True, "train.steps": 0})
+    for bits in (2.0, 2.5, 3.0):
+        for rule in ("second_order", "residual"):
+            changes = {"convert.bits": bits, "convert.allocation": rule, "train.steps": 0}
+            yield row(f"{bits} bits, {rule}", changes)
+
+
+GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
+    "start": _start_rows,
+    "finetuned": _finetuned_rows,
+    "ablation": _ablation_rows,
+}
+
+
+def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list[dict]:
+    """Measure what is not in ``json_file`` yet, writing it after every row; return the rows of these groups."""
+    console = Console()
+    known = {row["key"]: row for row in json.loads(json_file.read_text())} if json_file.exists() else {}
+    result = []
+    for row in (row for group in groups for row in GROUPS[group]()):
+        changed = changed_config(config, row.changes)
+        key = _digest([_FORMAT, row.group, row.name, row.arguments, changed.model_dump(exclude={"run_dir"})])
+        if key not in known:
+            console.print(f"{row.group}: {row.name} {row.changes or row.arguments or ''}")
+            started = time.perf_counter()
+            found = in_own_process(row.measure, changed, *row.arguments)
+            known[key] = {"group": row.group, "name": row.name, **found, "key": key}
+            known[key]["seconds"] = round(time.perf_counter() - started)
+            json_file.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+        result.append(known[key])
+    _with_reference(result)
+    console.print(as_table(result))
+    return result
+
+
+def _with_reference(rows: list[dict]) -> None:
+    """Every row names the perplexity of the float model that it is to be compared with: finetuned rows that of the
+    float model finetuned on the same tokens."""
+    references = {row["group"]: row["perplexity"] for row in rows if row["name"] == "float"}
+    for row in rows:
+        reference = references.get("finetuned" if row.get("tokens") else "start")
+        row["float_perplexity"] = row.get("float_perplexity") or reference
+
+
+def as_table(rows: list[dict]) -> Table:
+    """For the terminal."""
+    columns = ("group", "name", "planes", "bits", "tokens", "perplexity", "x float", "KL", "B/weight", "s/step")
+    table = Table(*columns)
+    for row in rows:
+        ratio = row["perplexity"] / row["float_perplexity"] if row.get("float_perplexity") else None
+        numbers = (row["perplexity"], ratio, row["kl"], row["state_bytes_per_weight"], row["step_s"])
+        table.add_row(
+            row["group"],
+            row["name"],
+            str(row["planes"] or ""),
+            f"{row['bits']:.2f}",
+            f"{row['tokens']:,}" if row["tokens"] else "",
+            *("" if number is None else f"{number:,.2f}" for number in numbers),
+        )
+    return table
+
+
+def changed_config(config: RunConfig, changes: dict) -> RunConfig:
+    """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
+    values = config.model_dump(exclude_unset=True)
+    for dotted, value in changes.items():
+        section, key = dotted.split(".")
+        values.setdefault(section, {})[key] = value
+    changed = RunConfig.model_validate(values)
+    start = _digest([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
+    return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})
+
+
+def _digest(described: list) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,188 @@
+"""The measurements behind the rows of ``mbdist bench quality``. Each runs in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from mbdist.bench.process import one_process_trainer
+from mbdist.bench.uniform import bits_per_weight as uniform_bits
+from mbdist.bench.uniform import gptq, round_to_nearest
+from mbdist.config import RunConfig
+from mbdist.optim.schedule import warmup_cosine
+
+_KL_WINDOWS = 64  # KL needs the float model's logits too, so it is measured on the first windows only
+_FLOAT_LR = 1e-4  # of the float model's finetuning; 3e-4 and 3e-5 were no better on held-out training text
+
+
+def measure_run(config: RunConfig) -> dict:
+    """Convert, finetune for ``train.steps`` and measure."""
+    return _finetune(config, one_process_trainer(config))
+
+
+def measure_straight_through(config: RunConfig) -> dict:
+    """The same with latent weights of the last plane, a straight-through estimator and AdamW."""
+    from mbdist.bench.straight_through import StraightThrough
+
+    trainer = one_process_trainer(config, StraightThrough)
+    names = set(trainer.boolean.layers)
+    layers = {name: module for name, module in _load_float(config).named_modules() if name in names}
+    weights = {
+        name: layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
+        for name, layer in layers.items()
+    }
+    trainer.boolean.start_from(weights)
+    return _finetune(config, trainer)
+
+
+def _finetune(config: RunConfig, trainer) -> dict:
+    from mbdist.model.layers import boolean_layers
+
+    seconds = []
+    trainer.engine.module.train()
+    for step in range(config.train.steps):
+        started = time.perf_counter()
+        trainer.step(step)
+        seconds.append(time.perf_counter() - started)
+    planes = {layer.num_planes for _, layer in boolean_layers(trainer.engine.module)}
+    state = trainer.state_bytes_per_weight() if seconds else None
+    trainer.engine.module.eval()
+    return {
+        "planes": planes.pop() if len(planes) == 1 else None,
+        "bits": trainer.bits_per_weight,
+        **_measure(config, trainer.engine.module, trainer.corpus.eval),
+        "state_bytes_per_weight": state,
+        "step_s": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "tokens": len(seconds) * config.train.sequences_per_step * config.data.window,
+    }
+
+
+def measure_float(config: RunConfig) -> dict:
+    """The float model as it is."""
+    return _measure_dense(config, _load_float(config), 16.0)
+
+
+def measure_finetuned_float(config: RunConfig) -> dict:
+    """The float model, every weight of it finetuned on the same tokens: next-token loss, AdamW, the same schedule."""
+    from mbdist.data import Batches, load_corpus
+    from mbdist.model.loading import load_tokenizer
+    from mbdist.train.loss import distillation_loss
+
+    _set_up(config)
+    model = _load_float(config).train()
+    corpus = load_corpus(config.data, load_tokenizer(config.model))
+    batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_FLOAT_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    loss_config = config.loss.model_copy(update={"teacher": "none", "hidden": "none", "cross_entropy_weight": 1.0})
+    seconds = []
+    for step in range(config.train.steps):
+        started = time.perf_counter()
+        micro_batches = [batches.micro_batch_at(step, a) for a in range(config.accumulation)]
+        targets = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
+        for batch in micro_batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(input_ids=batch.input_ids, use_cache=False).logits
+            loss = distillation_loss(
+                logits, None, batch.input_ids, batch.learned, loss_config, targets, config.train.sequences_per_step
+            )
+            loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = _FLOAT_LR * warmup_cosine(step, config.train.steps, config.floats.warmup_fraction)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    return {
+        **_measure_dense(config, model, 16.0),
+        "state_bytes_per_weight": 16.0,
+        "step_s": sorted(seconds)[len(seconds) // 2],
+        "tokens": len(seconds) * config.train.sequences_per_step * config.data.window,
+    }
+
+
+def measure_round_to_nearest(config: RunConfig, bits: int, group: int) -> dict:
+    """Uniform integers in groups, rounded to nearest."""
+    return _uniform(config, bits, group, lambda weight, _gram: round_to_nearest(weight, bits, group), False)
+
+
+def measure_gptq(config: RunConfig, bits: int, group: int) -> dict:
+    """Uniform integers in groups by GPTQ, calibrated as our start is, one block after the other as GPTQ does."""
+    return _uniform(config, bits, group, lambda weight, gram: gptq(weight, gram, bits, group), True)
+
+
+def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calibrated: bool) -> dict:
+    from mbdist.convert.calibration import BlockMoments
+    from mbdist.data import load_corpus
+    from mbdist.data.calibration import calibration_batches
+    from mbdist.model.layers import convertible_layers
+    from mbdist.model.loading import load_tokenizer
+
+    _set_up(config)
+    model = _load_float(config)
+    layers = convertible_layers(model, config.convert.include, config.convert.exclude)
+    blocks: Iterator | list = [dict.fromkeys(layers)]
+    if calibrated:
+        corpus = load_corpus(config.data, load_tokenizer(config.model))
+        batches = calibration_batches(corpus.train, config.convert.calibration_tokens)
+        blocks = iter(BlockMoments(model, layers, batches, True, torch.bfloat16))
+    for grams in blocks:
+        for name, gram in grams.items():
+            layer = layers[name]
+            linear = isinstance(layer, nn.Linear)
+            weight = layer.weight.detach() if linear else layer.weight.detach().T
+            quantized = quantize(weight.clone(), gram)
+            layer.weight.data = quantized if linear else quantized.T.contiguous()
+    return {**_measure_dense(config, model, uniform_bits(bits, group)), "planes": None}
+
+
+def _set_up(config: RunConfig) -> None:
+    from mbdist.train.environment import set_up_worker
+
+    set_up_worker(config)
+
+
+def _load_float(config: RunConfig) -> nn.Module:
+    from mbdist.model.loading import load_model
+
+    return load_model(config.model)
+
+
+def _measure_dense(config: RunConfig, model: nn.Module, bits: float) -> dict:
+    from mbdist.data import load_corpus
+    from mbdist.model.loading import load_tokenizer
+
+    corpus = load_corpus(config.data, load_tokenizer(config.model))
+    found = _measure(config, model.eval(), corpus.eval)
+    return {"planes": None, "bits": bits, **found, "state_bytes_per_weight": None, "step_s": None, "tokens": 0}
+
+
+def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
+    """Perplexity on all windows, KL to the float model on the first ones."""
+    from mbdist.comm.communicator import Communicator
+    from mbdist.train.environment import choose_device, compute_dtype
+    from mbdist.train.evaluate import evaluate
+
+    device = choose_device(config.cluster)
+    dtype = compute_dtype(config.train.precision, device)
+
+    def logits_of(measured: nn.Module):
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return measured(input_ids=ids, use_cache=False).logits
+
+        return forward
+
+    batch, communicator = config.train.eval_batch, Communicator()
+    first = windows.select(range(min(_KL_WINDOWS, len(windows))))
+    teacher = _load_float(config).to(device, dtype).eval()
+    near = evaluate(logits_of(model), first, batch, communicator, device, logits_of(teacher))
+    rest = windows.select(range(len(first), len(windows)))
+    if len(rest) == 0:
+        return {"perplexity": near.perplexity, "kl": near.kl}
+    far = evaluate(logits_of(model), rest, batch, communicator, device)
+    logs = math.log(near.perplexity) * len(first) + math.log(far.perplexity) * len(rest)
+    return {"perplexity": math.exp(logs / len(windows)), "kl": near.kl}
