@@ -129,7 +129,11 @@ class TrainConfig(_Section):
     max_skipped_steps: PositiveInt = 10
     """Stop after so many steps in a row had to be skipped because a loss or a signal was not finite."""
     check_planes_every: Annotated[int, Field(ge=0)] = 20
-    """Compare a hash of the planes over all workers every so many steps; 0 turns it off."""
+    """Compare a hash of the planes over all workers, and log how full the accumulators are, every so many steps; 0
+    turns it off."""
+    probe_every: Annotated[int, Field(ge=0)] = 0
+    """Every so many steps measure what the step's flips did to the loss of its own batch, beside what the second-order
+    estimate predicted (`boolean.signal: curvature`): one more forward pass there, and 4 bytes a weight. 0: never."""
 
 
 class BooleanOptimizerConfig(_Section):

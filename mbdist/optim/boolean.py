@@ -63,7 +63,8 @@ class Accumulated:
     partition: WordPartition
     accumulator: torch.Tensor  # (32 P,), the owned part
     beta_q15: int = 0  # decay of the next step: 1 - share of bits just flipped; 0 before the first
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) of this step, for moves between levels
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) as this step's backward saw them
+    probe: torch.Tensor | None = None  # (32 P,) fp32: this step's signal, while it is probed
     recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))  # elements that flipped
 
 
@@ -74,6 +75,7 @@ class FlipReport:
     flips: dict[str, int] = field(default_factory=dict)  # weights that moved
     flipped_back: dict[str, int] = field(default_factory=dict)  # of them, those that had moved in the last 16 steps
     candidates: dict[str, int] = field(default_factory=dict)  # weights whose accumulator had reached the threshold
+    predicted: dict[str, float] = field(default_factory=dict)  # of a probed step: second-order change of the loss
     cap_rate: float = 0.0
 
     def total(self) -> int:
@@ -105,6 +107,7 @@ class BooleanOptimizer:
         self.format = ACCUMULATOR_FORMATS[config.accumulator]
         self.step_count = 0
         self.micro_batch = 0
+        self.probing = False  # set before the backward passes of a step: keep its signal and predict what its flips do
         self.layers = layers
         self.accumulated: list[Accumulated] = []
         device = next(iter(layers.values())).scale_out.device
@@ -163,8 +166,9 @@ class BooleanOptimizer:
         flat[used:] = 0
         plane = self._trained_plane(entry)
         scale_out, scale_in = layer.scale_out.detach()[plane], layer.scale_in.detach()[plane]
-        if self.config.planes == "levels":
+        if self.config.planes == "levels" or self.probing:
             entry.scales = (layer.scale_out.detach().clone(), layer.scale_in.detach().clone())
+        if self.config.planes == "levels":
             scale_out, scale_in = scale_out.abs(), scale_in.abs()
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
         return Signal(
@@ -191,9 +195,12 @@ class BooleanOptimizer:
         ranks = self.communicator.world_size
         first_contribution = self.micro_batch * ranks
         keys = [self._key(first_contribution + rank, entry) for rank in range(ranks)]
+        signals = self.codec.decode(received)
+        if self.probing:
+            entry.probe = signals.sum(0) + (0 if entry.probe is None else entry.probe)
         accumulate_signal(
             entry.accumulator,
-            self.codec.decode(received),
+            signals,
             entry.beta_q15 if self.micro_batch == 0 else FIXED_ONE,
             self.config.max_step / (self.micro_batches * ranks),
             keys,
@@ -227,6 +234,7 @@ class BooleanOptimizer:
         self.curvature.discard()
         for entry in self.accumulated:
             entry.beta_q15 = FIXED_ONE  # its decay has been applied
+            entry.probe = None
         self.step_count += 1
         self.micro_batch = 0
 
@@ -238,6 +246,8 @@ class BooleanOptimizer:
         report = FlipReport(cap_rate=cap_rate)
         if self.config.step_size > 0 and (self.config.signal == "raw" or self.curvature.steps > 0):
             self._flip(cap_rate, report)
+        for entry in self.accumulated:
+            entry.probe = None
         tokens = self.curvature.tokens * self.communicator.world_size
         self.curvature.absorb(tokens, self.gradient_scale)
         self.step_count += 1
@@ -261,6 +271,8 @@ class BooleanOptimizer:
             reset = moves.values.sign().to(entry.accumulator.dtype) * round(self.config.guard * self.format.threshold)
             entry.accumulator[moves.elements] = reset
         self.store.apply(masks)
+        if self.probing:
+            self._predict(chosen, report)
         totals = self.communicator.all_reduce_sum(counts.to(entry.accumulator.device), "flip_counts").tolist()
         for entry, (found, flips, back) in zip(self.accumulated, totals, strict=True):
             entry.beta_q15 = round(self.config.decay * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
@@ -269,6 +281,24 @@ class BooleanOptimizer:
                 flips,
                 back,
             )
+
+    def _predict(self, chosen: list[Candidates], report: FlipReport) -> None:
+        """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by
+        s^2 h (2 r u + 2 u^2), r the signal G / (s h). Interactions between moves are what it leaves out."""
+        changes = torch.zeros(len(chosen), dtype=torch.float64, device=chosen[0].elements.device)
+        for i, (entry, moves) in enumerate(zip(self.accumulated, chosen, strict=True)):
+            if entry.probe is None or entry.scales is None or not len(moves.elements):
+                continue
+            plane = self._trained_plane(entry)
+            rows, columns = self.curvature.cost_of_a_flip(entry.matrix, *(scale[plane] for scale in entry.scales))
+            width = words_per_row(entry.layer.in_features) * WORD_BITS
+            positions = moves.elements.long()
+            ratio = entry.probe[positions] / self.config.step_size
+            positions = positions + self._first_element(entry)
+            cost = rows[positions // width] * columns[positions % width]
+            changes[i] = (cost * (2 * ratio * moves.steps + 2 * moves.steps.square())).double().sum()
+        totals = self.communicator.all_reduce_sum(changes, "flip_counts").tolist()
+        report.predicted = {entry.name: total for entry, total in zip(self.accumulated, totals, strict=True)}
 
     def _candidates(self, entry: Accumulated) -> Candidates:
         if self.config.planes != "levels":

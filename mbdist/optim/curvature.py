@@ -80,3 +80,10 @@ class Curvature:
             tokens = self.smoothed_tokens**0.5
             return _sign(scale_out) * tokens / rows.sqrt(), _sign(scale_in) / columns.sqrt()
         return 1.0 / (_floored(scale_out) * rows), 1.0 / (_floored(scale_in) * columns)
+
+    def cost_of_a_flip(
+        self, index: int, scale_out: torch.Tensor, scale_in: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row (m,), column (n,)) vectors with s^2 h = outer(row, column)."""
+        rows, columns = self._smoothed_views[2 * index], self._smoothed_views[2 * index + 1]
+        return _floored(scale_out).square() * _floored(rows), _floored(scale_in).square() * _floored(columns)

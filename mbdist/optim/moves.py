@@ -25,10 +25,11 @@ class Candidates:
     values: torch.Tensor  # (C,) int8: accumulators in units of 1/64 of the threshold
     ranks: torch.Tensor  # (C,) int8: 64 .. 127
     flipped: torch.Tensor  # (C,) uint8: bit k set where the bit of plane k would flip
+    steps: torch.Tensor  # (C,) fp32: change of the weight over 2 |s|, s the scale of the plane that gives the unit
 
     def only(self, chosen: torch.Tensor) -> Candidates:
         """Those of a mask or of indices."""
-        return Candidates(self.elements[chosen], self.values[chosen], self.ranks[chosen], self.flipped[chosen])
+        return Candidates(*(tensor[chosen] for tensor in vars(self).values()))
 
     def __add__(self, other: Candidates) -> Candidates:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -37,7 +38,8 @@ class Candidates:
 
 def bit_moves(elements: torch.Tensor, values: torch.Tensor, plane: int) -> Candidates:
     """Each element's bit of one plane; the accumulator's size is the rank."""
-    return Candidates(elements, values, values.abs(), torch.full_like(elements, 1 << plane, dtype=torch.uint8))
+    flipped = torch.full_like(elements, 1 << plane, dtype=torch.uint8)
+    return Candidates(elements, values, values.abs(), flipped, -values.sign().float())
 
 
 def level_moves(
@@ -72,7 +74,8 @@ def level_moves(
     for k in range(num_planes):
         wanted = (target >> (num_planes - 1 - k)) & 1  # product() counts with the first plane as the highest bit
         flipped |= ((wanted ^ bits[k]) << k).to(torch.uint8)
-    return Candidates(elements, values, ranks.to(torch.int8), flipped).only(ranks >= THRESHOLD)
+    steps = downhill * step / (2 * scales[-1].abs())
+    return Candidates(elements, values, ranks.to(torch.int8), flipped, steps).only(ranks >= THRESHOLD)
 
 
 def _level(signs: Sequence[float | torch.Tensor], scales: torch.Tensor) -> torch.Tensor:

@@ -200,10 +200,9 @@ class Trainer:
         losses[3] = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
         targets = int(self.communicator.all_reduce_sum(losses[3:].clone(), "statistics"))
         report = None
+        self.boolean.probing = config.train.probe_every > 0 and (step + 1) % config.train.probe_every == 0
         for a, batch in enumerate(micro_batches):
-            # Dropout, where a model has it, follows the data: the same masks for any number of workers.
-            torch.manual_seed(fold_key(config.seed, step, a * ranks + self.communicator.rank))
-            terms = self._loss(batch, targets)
+            terms = self._loss(batch, targets, step, a)
             losses[:3] += torch.tensor([terms.total.item(), terms.kl, terms.cross_entropy], device=self.device)
             # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over the global batch.
             self.engine.backward(terms.total * (ranks * config.accumulation))
@@ -212,14 +211,33 @@ class Trainer:
             finite = not last or self.boolean.all_finite(losses[0])
             if last:
                 report = self.boolean.step() if finite else self.boolean.skip()
+                if report is not None and self.boolean.probing:
+                    self._probe(step, micro_batches, targets, losses[0].clone(), report)
             self.learning_rate = self.engine.learning_rate  # of this step: the schedule advances in it
             self.engine.step(apply=finite)
         self.communicator.all_reduce_sum(losses, "statistics")
         losses[1:3] /= max(1, targets)
         return report, losses
 
-    def _loss(self, batch: Batch, targets: int) -> LossTerms:
+    @torch.no_grad()
+    def _probe(self, step: int, batches: list[Batch], targets: int, before: torch.Tensor, report: FlipReport) -> None:
+        """Measure the loss of the step's own batch again, after its flips and before the floats follow."""
+        after = sum(self._loss(batch, targets, step, a).total.double() for a, batch in enumerate(batches))
+        measured = self.communicator.all_reduce_sum(torch.stack([after - before]), "statistics").item()
+        self.metrics.write(
+            "probe",
+            step=step + 1,
+            predicted_change=sum(report.predicted.values()),
+            measured_change=measured,
+            flips=report.total(),
+            predicted=report.predicted,
+        )
+
+    def _loss(self, batch: Batch, targets: int, step: int, accumulation: int) -> LossTerms:
         """Loss of one micro-batch as its share of the global batch, which has ``targets`` targets."""
+        # Dropout, where a model has it, follows the data: the same masks for any number of workers.
+        contribution = accumulation * self.communicator.world_size + self.communicator.rank
+        torch.manual_seed(fold_key(self.config.seed, step, contribution))
         ids, learned = batch.input_ids.to(self.device), batch.learned.to(self.device)
         hidden = self.config.loss.hidden != "none"
         taught = self._teach(ids, hidden) if self.teacher is not None else None
@@ -246,6 +264,7 @@ class Trainer:
         tokens = self.config.train.sequences_per_step * self.config.data.window
         sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
         self.communicator.bytes_sent.clear()
+        every = self.config.train.check_planes_every
         self.metrics.write(
             "step",
             step=step + 1,
@@ -258,6 +277,7 @@ class Trainer:
             flips=report.flips if report else {},
             flipped_back=report.flipped_back if report else {},
             flip_candidates=report.candidates if report else {},
+            accumulators=self.boolean.accumulator_quantiles() if every and (step + 1) % every == 0 else {},
             learning_rate=self.learning_rate,
             gradient_norm=self.engine.gradient_norm,
             tokens_per_s=tokens / seconds,

@@ -59,7 +59,7 @@ def test_one_plane_makes_the_same_move_either_way():
     ones = torch.ones(1, 4), torch.ones(1, 32)
     levels = level_moves(elements, values, [plane], *ones, 0, 32)
     bits = bit_moves(elements, values, 0)
-    for name in ("elements", "values", "ranks", "flipped"):
+    for name in ("elements", "values", "ranks", "flipped", "steps"):
         assert torch.equal(getattr(levels, name), getattr(bits, name)), name
     assert len(level_moves(elements, -values, [plane], *ones, 0, 32).elements) == 0, "no level further that way"
 
@@ -71,3 +71,4 @@ def test_two_planes_cross_zero_by_flipping_both():
     found = level_moves(elements, values, words, scale_out, scale_in, 0, 32)
     assert found.flipped.tolist() == [0b11, 0b11]
     assert found.ranks.tolist() == [64, 64]
+    assert found.steps.tolist() == [1.0, -1.0], "from -.5 to .5 and back, in units of 2 |s_last| = 1"

@@ -1,6 +1,7 @@
 """Whole runs in one process on a small real model."""
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -110,6 +111,7 @@ VARIANTS = {
     "checkpointing": {"train": {"activation_checkpointing": True}},
     "no teacher": {"loss": {"teacher": "none"}},
     "hidden states": {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
+    "probed": {"train": {"probe_every": 4}},
     "norms in bf16": {"floats": {"also_train": ["*norm*"]}, "train": {"precision": "bf16"}},
     "raw rule": {"boolean": {"planes": "last", "signal": "raw", "step_size": 3000.0}, "comm": {"codec": "bf16"}},
 }
@@ -131,7 +133,12 @@ def test_variants_flip_and_learn(finished, tmp_path, llama_folder, name):
     assert moved == (name == "norms in bf16")
     planes = moved_weights(planes_of(tmp_path / "run/converted")[0], planes_of(tmp_path / "run/model")[0])[1]
     assert planes == ({"1"} if name == "raw rule" else {"0", "1"})
-    if name == "checkpointing":
+    if name == "probed":
+        probes = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "probe"]
+        assert [probe["step"] for probe in probes] == [4, 8, 12]
+        assert probes[0]["predicted_change"] < 0 and probes[0]["flips"] > 0
+        assert math.isfinite(probes[0]["measured_change"]) and probes[0]["measured_change"] != 0
+    if name in ("checkpointing", "probed"):
         expected = planes_of(finished[0] / "model")[0]
         assert all(torch.equal(words, expected[key]) for key, words in planes_of(tmp_path / "run/model")[0].items())
 
