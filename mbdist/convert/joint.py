@@ -40,7 +40,7 @@ def sweep(weight: torch.Tensor, found: PlaneSet) -> None:
     num_planes, n = found.scale_in.shape
     normal = torch.zeros(n, num_planes, num_planes)  # of the column problems, summed over chunks of rows
     right = torch.zeros(n, num_planes)
-    for rows in row_chunks(weight):
+    for rows in row_chunks(weight, _CHUNK_ELEMENTS):
         part = weight[rows]
         signs = nearest_signs(part, found.scale_out[:, rows], found.scale_in)  # (K, rows, n)
         for plane, sign in zip(found.planes, signs, strict=True):
@@ -58,10 +58,10 @@ def sweep(weight: torch.Tensor, found: PlaneSet) -> None:
     found.scale_in.copy_(least_squares(normal, right, found.scale_in.T).T)
 
 
-def row_chunks(weight: torch.Tensor) -> list[slice]:
-    """Slices of rows of bounded size."""
+def row_chunks(weight: torch.Tensor, elements: int) -> list[slice]:
+    """Slices of rows of at most so many elements."""
     m, n = weight.shape
-    step = max(1, _CHUNK_ELEMENTS // n)
+    step = max(1, elements // n)
     return [slice(first, min(first + step, m)) for first in range(0, m, step)]
 
 

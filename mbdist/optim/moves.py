@@ -23,7 +23,7 @@ class Candidates:
 
     elements: torch.Tensor  # (C,) int32, in the owner's part
     values: torch.Tensor  # (C,) int8: accumulators in units of 1/64 of the threshold
-    ranks: torch.Tensor  # (C,) int8: 64 .. 127
+    ranks: torch.Tensor  # (C,) int16: 64 .. 127; in int8 a comparison with 128 would wrap
     flipped: torch.Tensor  # (C,) uint8: bit k set where the bit of plane k would flip
     steps: torch.Tensor  # (C,) fp32: change of the weight over 2 |s|, s the scale of the plane that gives the unit
 
@@ -39,7 +39,7 @@ class Candidates:
 def bit_moves(elements: torch.Tensor, values: torch.Tensor, plane: int) -> Candidates:
     """Each element's bit of one plane; the accumulator's size is the rank."""
     flipped = torch.full_like(elements, 1 << plane, dtype=torch.uint8)
-    return Candidates(elements, values, values.abs(), flipped, -values.sign().float())
+    return Candidates(elements, values, values.abs().short(), flipped, -values.sign().float())
 
 
 def level_moves(
@@ -75,7 +75,7 @@ def level_moves(
         wanted = (target >> (num_planes - 1 - k)) & 1  # product() counts with the first plane as the highest bit
         flipped |= ((wanted ^ bits[k]) << k).to(torch.uint8)
     steps = downhill * step / (2 * scales[-1].abs())
-    return Candidates(elements, values, ranks.to(torch.int8), flipped, steps).only(ranks >= THRESHOLD)
+    return Candidates(elements, values, ranks.short(), flipped, steps).only(ranks >= THRESHOLD)
 
 
 def _level(signs: Sequence[float | torch.Tensor], scales: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
 from mbdist.model.loading import is_multi_boolean, load_model
 from mbdist.model.saving import replaced_folder, save_model
-from mbdist_kernels import dequantize
+from mbdist_kernels import dequantize, popcount
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
@@ -99,6 +99,18 @@ def test_calibrated_keeps_outputs_better_than_joint():
 
     errors = [output_error(found) for found in (svid(weight, 2), joint(weight, 2), calibrated(weight, 2, moments))]
     assert errors[2] < 0.5 * errors[1] < errors[0], errors
+
+
+def test_calibrated_works_on_a_few_rows_at_a_time(monkeypatch):
+    x = torch.randn(500, 96) * torch.rand(96).mul(3).exp()
+    weight = torch.randn(64, 96)
+    moments = LayerMoments(x.square().sum(0), torch.rand(64) + 0.1, x.T @ x)
+    whole = calibrated(weight, 2, moments)
+    monkeypatch.setattr("mbdist.convert.calibrated._CHUNK_ELEMENTS", 7 * 96)
+    parts = calibrated(weight, 2, moments)
+    differing = sum(popcount(a ^ b) for a, b in zip(whole.planes, parts.planes, strict=True))
+    assert differing < 0.001 * 2 * weight.numel(), "sums of other shapes may round otherwise, no more"
+    torch.testing.assert_close(parts.scale_out, whole.scale_out, rtol=1e-2, atol=1e-2)
 
 
 def test_calibrated_survives_inputs_that_are_never_active():

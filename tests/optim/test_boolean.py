@@ -151,6 +151,18 @@ def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
                 assert torch.equal(planes[name], alone[name]), name
 
 
+@pytest.mark.parametrize("planes", ["levels", "last", "all"])
+def test_no_step_flips_more_than_the_cap(planes):
+    """Also where so many stand at the highest rank that none may flip without the lottery."""
+    config = BooleanOptimizerConfig(**COMMON, planes=planes, guard=0.0).model_copy(update={"step_size": 1000.0})
+    _, flips = run(Communicator(), config)
+    for step in flips[1:]:
+        for name, count in step.items():
+            m, n = SHAPES[name.partition(".")[0]]
+            assert count <= 0.02 * m * n
+    assert sum(sum(step.values()) for step in flips) > 20
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_state_dict_restores_a_run_exactly(mode):
     expected, _ = run(Communicator(), MODES[mode])
