@@ -38,6 +38,7 @@ _PAPER = {  # configs/paper.yaml, as changes
     "boolean.max_flip_rate": 1.0,
     "boolean.warmup_fraction": 0.0,
     "boolean.guard": 0.0,
+    "boolean.adapt_step_size": False,
     "boolean.decay": 1.0,
     "floats.lr": 2e-5,
     "floats.also_train_lr": 2e-5,
@@ -132,20 +133,19 @@ def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list
             found = in_own_process(row.measure, changed, *row.arguments)
             known[key] = {"group": row.group, "name": row.name, **found, "key": key}
             known[key]["seconds"] = round(time.perf_counter() - started)
+            _name_references(list(known.values()))
             json_file.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
         result.append(known[key])
-    _with_reference(result)
     console.print(as_table(result))
     return result
 
 
-def _with_reference(rows: list[dict]) -> None:
+def _name_references(rows: list[dict]) -> None:
     """Every row names the perplexity of the float model that it is to be compared with: finetuned rows that of the
-    float model finetuned on the same tokens."""
-    references = {row["group"]: row["perplexity"] for row in rows if row["name"] == "float"}
+    float model finetuned on the same tokens, None until that row is there."""
+    references = {(row["group"], row["tokens"]): row["perplexity"] for row in rows if row["name"] == "float"}
     for row in rows:
-        reference = references.get("finetuned" if row.get("tokens") else "start")
-        row["float_perplexity"] = row.get("float_perplexity") or reference
+        row["float_perplexity"] = references.get(("finetuned" if row["tokens"] else "start", row["tokens"]))
 
 
 def as_table(rows: list[dict]) -> Table:

@@ -148,10 +148,13 @@ class BooleanOptimizerConfig(_Section):
     square. `raw`: q as published."""
     step_size: Annotated[float, Field(ge=0)] = 0.05
     """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
-    max_step: Annotated[float, Field(gt=0, le=1)] = 0.125
+    adapt_step_size: bool = True
+    """Lower eta of a matrix while many more of its weights reach the threshold than the cap lets move, so that those
+    that move are the best and not any; it recovers, up to `step_size`. false: eta is constant, as in the paper."""
+    max_step: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips. Every
     micro-batch of every worker may add its equal share, rounded stochastically to the accumulator's unit."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     """What a step keeps of an accumulator, besides beta = 1 - share of bits just flipped. Below 1 old evidence fades,
     and a bit flips only where recent steps agree: noise alone stays at about max_step / sqrt(1 - decay^2)."""
     guard: Annotated[float, Field(ge=0, le=1)] = 0.5

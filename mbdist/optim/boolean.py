@@ -62,6 +62,7 @@ class Accumulated:
     planes: list[int]  # those it may flip
     partition: WordPartition
     accumulator: torch.Tensor  # (32 P,), the owned part
+    step_size: float  # eta of this matrix
     beta_q15: int = 0  # decay of the next step: 1 - share of bits just flipped; 0 before the first
     scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) as this step's backward saw them
     probe: torch.Tensor | None = None  # (32 P,) fp32: this step's signal, while it is probed
@@ -80,6 +81,14 @@ class FlipReport:
 
     def total(self) -> int:
         return sum(self.flips.values())
+
+
+def adapted(step_size: float, crowding: float, most: float) -> float:
+    """The next step's eta where ``crowding`` times as many weights reached the threshold as may move. Between 2 and 4
+    it stays: enough to choose from, and few enough that ranks tell them apart."""
+    if crowding > 4:
+        return step_size * max(0.3, (4 / crowding) ** 0.5)
+    return min(most, step_size * 1.1) if crowding < 2 else step_size
 
 
 class BooleanOptimizer:
@@ -121,7 +130,9 @@ class BooleanOptimizer:
                 shared = config.planes in ("levels", "alternating")
                 full_name = name if shared else f"{name}.plane_{planes[0]}"
                 accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
-                self.accumulated.append(Accumulated(full_name, layer, matrix, planes, partition, accumulator))
+                self.accumulated.append(
+                    Accumulated(full_name, layer, matrix, planes, partition, accumulator, config.step_size)
+                )
         self._of_layer = {
             id(layer): [entry for entry in self.accumulated if entry.layer is layer] for layer in layers.values()
         }
@@ -171,9 +182,7 @@ class BooleanOptimizer:
         if self.config.planes == "levels":
             scale_out, scale_in = scale_out.abs(), scale_in.abs()
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
-        return Signal(
-            row * (self.config.step_size / self.gradient_scale), column, flat[:used].view(layer.out_features, -1)
-        )
+        return Signal(row * (entry.step_size / self.gradient_scale), column, flat[:used].view(layer.out_features, -1))
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
@@ -259,7 +268,8 @@ class BooleanOptimizer:
 
     def _flip(self, cap_rate: float, report: FlipReport) -> None:
         candidates = [self._candidates(entry) for entry in self.accumulated]
-        chosen = self._within_caps(candidates, [int(cap_rate * entry.layer.num_weights) for entry in self.accumulated])
+        caps = [int(cap_rate * entry.layer.num_weights) for entry in self.accumulated]
+        chosen = self._within_caps(candidates, caps)
         masks: dict[tuple[int, int], torch.Tensor] = {}
         counts = torch.zeros(len(candidates), 3, dtype=torch.int64)  # candidates, flips, flipped back
         for i, (entry, found, moves) in enumerate(zip(self.accumulated, candidates, chosen, strict=True)):
@@ -274,7 +284,9 @@ class BooleanOptimizer:
         if self.probing:
             self._predict(chosen, report)
         totals = self.communicator.all_reduce_sum(counts.to(entry.accumulator.device), "flip_counts").tolist()
-        for entry, (found, flips, back) in zip(self.accumulated, totals, strict=True):
+        for entry, cap, (found, flips, back) in zip(self.accumulated, caps, totals, strict=True):
+            if self.config.adapt_step_size and cap > 0:
+                entry.step_size = adapted(entry.step_size, found / cap, self.config.step_size)
             entry.beta_q15 = round(self.config.decay * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
             report.candidates[entry.name], report.flips[entry.name], report.flipped_back[entry.name] = (
                 found,
@@ -293,7 +305,7 @@ class BooleanOptimizer:
             rows, columns = self.curvature.cost_of_a_flip(entry.matrix, *(scale[plane] for scale in entry.scales))
             width = words_per_row(entry.layer.in_features) * WORD_BITS
             positions = moves.elements.long()
-            ratio = entry.probe[positions] / self.config.step_size
+            ratio = entry.probe[positions] / entry.step_size
             positions = positions + self._first_element(entry)
             cost = rows[positions // width] * columns[positions % width]
             changes[i] = (cost * (2 * ratio * moves.steps + 2 * moves.steps.square())).double().sum()
@@ -388,6 +400,7 @@ class BooleanOptimizer:
                     "first_word": entry.partition.first_word(rank),
                     "accumulator": entry.accumulator[: entry.partition.words_owned(rank) * WORD_BITS].clone(),
                     "beta_q15": entry.beta_q15,
+                    "step_size": entry.step_size,
                     "recent": list(entry.recent),
                 }
                 for entry in self.accumulated
@@ -406,7 +419,7 @@ class BooleanOptimizer:
             if saved["first_word"] != entry.partition.first_word(rank) or saved["accumulator"].numel() != elements:
                 raise ValueError(f"the accumulator of {entry.name} was saved by another rank or world size")
             entry.accumulator[:elements].copy_(saved["accumulator"])
-            entry.beta_q15 = saved["beta_q15"]
+            entry.beta_q15, entry.step_size = saved["beta_q15"], saved["step_size"]
             entry.recent.clear()
             entry.recent.extend(saved["recent"])
         self.curvature.smoothed.copy_(state["curvature"])

@@ -14,6 +14,7 @@ from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
+from mbdist.optim.boolean import adapted
 from mbdist_kernels import pack_signs, unpack_signs
 
 SHAPES = {"a": (5, 33), "b": (40, 64), "tiny": (1, 3)}  # the last: fewer words than ranks
@@ -126,12 +127,20 @@ def test_the_replica_check_names_the_first_plane_that_differs(tmp_path):
 COMMON = {"step_size": 4.0, "max_step": 1.0, "max_flip_rate": 0.02, "warmup_fraction": 0.0}
 CURVATURE = BooleanOptimizerConfig(**COMMON)
 RAW = BooleanOptimizerConfig(
-    planes="last", signal="raw", step_size=30.0, max_step=1.0, max_flip_rate=1.0, warmup_fraction=0.0, guard=0.0
+    planes="last",
+    signal="raw",
+    step_size=30.0,
+    adapt_step_size=False,
+    max_step=1.0,
+    max_flip_rate=1.0,
+    warmup_fraction=0.0,
+    guard=0.0,
+    decay=1.0,
 )
 MODES = {
     "levels": CURVATURE,
     "raw": RAW,
-    "all": BooleanOptimizerConfig(planes="all", decay=0.9, **COMMON),
+    "all": BooleanOptimizerConfig(planes="all", adapt_step_size=False, decay=0.8, **COMMON),
     "alternating": BooleanOptimizerConfig(planes="alternating", alternate_every=2, accumulator="int4", **COMMON),
     "first by rms": BooleanOptimizerConfig(planes=[0], signal="rms", accumulator="fp32", **COMMON),
 }
@@ -245,3 +254,22 @@ def test_state_of_another_run_is_refused():
     state["accumulators"]["other"] = state["accumulators"].pop("a.plane_1")
     with pytest.raises(ValueError, match="other layers"):
         optimizer.load_state_dict(state)
+
+
+def test_the_step_size_keeps_a_few_candidates_for_every_move():
+    """From 100 times too large a step: the crowd of candidates thins out to what ranks can tell apart."""
+    config = BooleanOptimizerConfig(planes="last", step_size=50.0, max_flip_rate=0.02, warmup_fraction=0.0)
+    torch.manual_seed(0)
+    layer = make_layers()["b"]
+    optimizer = BooleanOptimizer({"b": layer}, config, CommConfig(), Communicator(), 1000, 1, seed=0)
+    optimizer.store = store_of(optimizer)
+    crowding = []
+    for step in range(60):
+        x, grad_y = inputs_of("b", step, 0)
+        layer(x).backward(grad_y)
+        optimizer.finish_micro_batch()
+        assert optimizer.all_finite(torch.zeros(()))
+        crowding.append(optimizer.step().candidates.get("b.plane_1", 0) / int(0.02 * layer.num_weights))
+    assert max(crowding[:10]) > 6 and max(crowding[-10:]) < 5, crowding
+    assert optimizer.accumulated[0].step_size < 25
+    assert adapted(1.0, 3.0, 1.0) == 1.0 == adapted(0.95, 0.0, 1.0)

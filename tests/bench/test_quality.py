@@ -1,0 +1,75 @@
+"""The quality bench on a small model: real rows, kept between calls, a report at the end."""
+
+import json
+
+import models
+import pytest
+
+from mbdist.bench import quality, quality_rows
+from mbdist.bench.quality import Row, bench_quality
+from mbdist.bench.quality_report import write_report
+from mbdist.config import load_config, parse_config
+
+SCALES = {"boolean.step_size": 0.0}
+
+
+def small_groups():
+    return {
+        "start": lambda: iter(
+            [
+                Row("start", "float", quality_rows.measure_float),
+                Row("start", "svid", quality_rows.measure_run, {"train.steps": 0, "convert.init": "svid"}),
+                Row("start", "GPTQ, g16", quality_rows.measure_gptq, {}, (3, 16)),
+            ]
+        ),
+        "finetuned": lambda: iter(
+            [
+                Row("finetuned", "float", quality_rows.measure_finetuned_float),
+                Row("finetuned", "scales and bits", quality_rows.measure_run),
+                Row("finetuned", "straight-through latents", quality_rows.measure_straight_through),
+            ]
+        ),
+    }
+
+
+@pytest.mark.slow
+def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch):
+    monkeypatch.setattr(quality, "GROUPS", small_groups())
+    settings = models.run_settings(tmp_path / "work", llama_folder, convert={"init": "joint"}, floats={"lr": 1e-2})
+    settings["train"]["steps"] = 6
+    config, results = parse_config(settings), tmp_path / "quality.json"
+    rows = bench_quality(config, ["start", "finetuned"], results)
+    by_name = {(row["group"], row["name"]): row for row in rows}
+    assert len(by_name) == 6 and json.loads(results.read_text()) == rows
+    assert by_name["start", "float"]["kl"] == pytest.approx(0, abs=1e-6)
+    start, trained = by_name["start", "svid"], by_name["finetuned", "scales and bits"]
+    assert trained["tokens"] == 6 * 12 * 32 and start["tokens"] == 0 and trained["step_s"] > 0
+    assert trained["float_perplexity"] == by_name["finetuned", "float"]["perplexity"]
+    assert start["float_perplexity"] == by_name["start", "float"]["perplexity"]
+    latents = by_name["finetuned", "straight-through latents"]
+    assert latents["state_bytes_per_weight"] - trained["state_bytes_per_weight"] > 10, "12 bytes against 1"
+    monkeypatch.setattr(quality, "in_own_process", None)  # a second measurement would fail
+    assert bench_quality(config, ["start", "finetuned"], results) == rows
+    write_report(rows, results)
+    assert "straight-through" in results.with_suffix(".md").read_text()
+    assert "<svg" in results.with_suffix(".svg").read_text()
+
+
+def test_every_row_is_a_valid_config():
+    config = load_config("configs/quality.yaml", [])
+    names = [
+        (row.group, row.name, str(row.changes), row.arguments) for rows in quality.GROUPS.values() for row in rows()
+    ]
+    assert len(names) == len(set(names)) > 40
+    for rows in quality.GROUPS.values():
+        for row in rows():
+            quality.changed_config(config, row.changes)
+
+
+def test_the_paper_row_is_the_paper_config():
+    paper, row = (
+        load_config("configs/paper.yaml", []),
+        quality.changed_config(load_config("configs/quality.yaml", []), quality._PAPER),
+    )
+    assert (paper.boolean, paper.floats, paper.loss) == (row.boolean, row.floats, row.loss)
+    assert paper.convert.init == row.convert.init
