@@ -99,7 +99,13 @@ def run_settings(run_dir: Path, model: Path, **sections) -> dict:
             "precision": "fp32",
             "check_planes_every": 1,
         },
-        "boolean": {"step_size": 0.5, "max_step": 1.0, "max_flip_rate": 0.01, "warmup_fraction": 0.0},
+        "boolean": {
+            "planes": "levels",
+            "step_size": 0.5,
+            "max_step": 1.0,
+            "max_flip_rate": 0.01,
+            "warmup_fraction": 0.0,
+        },
         "cluster": {"workers": 1, "zero_stage": 2, "device": "cpu"},
         "sample_prompt": None,
     }

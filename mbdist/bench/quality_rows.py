@@ -180,9 +180,9 @@ def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
     first = windows.select(range(min(_KL_WINDOWS, len(windows))))
     teacher = _load_float(config).to(device, dtype).eval()
     near = evaluate(logits_of(model), first, batch, communicator, device, logits_of(teacher))
-    rest = windows.select(range(len(first), len(windows)))
-    if len(rest) == 0:
+    if len(first) == len(windows):
         return {"perplexity": near.perplexity, "kl": near.kl}
+    rest = windows.select(range(len(first), len(windows)))
     far = evaluate(logits_of(model), rest, batch, communicator, device)
     logs = math.log(near.perplexity) * len(first) + math.log(far.perplexity) * len(rest)
     return {"perplexity": math.exp(logs / len(windows)), "kl": near.kl}

@@ -137,9 +137,9 @@ class TrainConfig(_Section):
 
 
 class BooleanOptimizerConfig(_Section):
-    planes: Literal["levels", "last", "all", "alternating"] | Annotated[list[int], Field(min_length=1)] = "levels"
-    """What flips. `levels`: the bits that take a weight to its next level, in whatever planes; one accumulator a
-    weight. `last`: the last plane alone, the paper's choice. `all`, or a list of plane numbers: each of these planes by
+    planes: Literal["levels", "last", "all", "alternating"] | Annotated[list[int], Field(min_length=1)] = "last"
+    """What flips. `last`: the last plane alone, the paper's choice. `levels`: the bits that take a weight to its next
+    level, in whatever planes; one accumulator a weight too. `all`, or a list of plane numbers: each of these planes by
     itself, with an accumulator of its own. `alternating`: one plane after the other."""
     alternate_every: PositiveInt = 10
     """With `alternating`: steps before it is the next plane's turn."""
@@ -148,18 +148,18 @@ class BooleanOptimizerConfig(_Section):
     square. `raw`: q as published."""
     step_size: Annotated[float, Field(ge=0)] = 0.05
     """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
-    adapt_step_size: bool = True
+    adapt_step_size: bool = False
     """Lower eta of a matrix while many more of its weights reach the threshold than the cap lets move, so that those
-    that move are the best and not any; it recovers, up to `step_size`. false: eta is constant, as in the paper."""
-    max_step: Annotated[float, Field(gt=0, le=1)] = 0.5
+    that move are the best and not any; it recovers, up to `step_size`."""
+    max_step: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips. Every
     micro-batch of every worker may add its equal share, rounded stochastically to the accumulator's unit."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """What a step keeps of an accumulator, besides beta = 1 - share of bits just flipped. Below 1 old evidence fades,
     and a bit flips only where recent steps agree: noise alone stays at about max_step / sqrt(1 - decay^2)."""
-    guard: Annotated[float, Field(ge=0, le=1)] = 0.5
+    guard: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Against oscillation: after a flip the accumulator starts this far behind zero, so that flipping back takes more
-    evidence than flipping did. The paper: 0."""
+    evidence than flipping did."""
     max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 3e-4
     """Cap: largest share of a matrix's weights that moves in a step, after warm-up; falls to 0 by a cosine."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -86,8 +86,8 @@ class FlipReport:
 def adapted(step_size: float, crowding: float, most: float) -> float:
     """The next step's eta where ``crowding`` times as many weights reached the threshold as may move. Between 2 and 4
     it stays: enough to choose from, and few enough that ranks tell them apart."""
-    if crowding > 4:
-        return step_size * max(0.3, (4 / crowding) ** 0.5)
+    if crowding > 4:  # slowly: accumulators follow a smaller step with the delay of their decay
+        return step_size * 0.8
     return min(most, step_size * 1.1) if crowding < 2 else step_size
 
 

@@ -125,7 +125,7 @@ def test_the_replica_check_names_the_first_plane_that_differs(tmp_path):
 
 
 COMMON = {"step_size": 4.0, "max_step": 1.0, "max_flip_rate": 0.02, "warmup_fraction": 0.0}
-CURVATURE = BooleanOptimizerConfig(**COMMON)
+CURVATURE = BooleanOptimizerConfig(planes="levels", guard=0.5, decay=0.9, adapt_step_size=True, **COMMON)
 RAW = BooleanOptimizerConfig(
     planes="last",
     signal="raw",
@@ -258,7 +258,9 @@ def test_state_of_another_run_is_refused():
 
 def test_the_step_size_keeps_a_few_candidates_for_every_move():
     """From 100 times too large a step: the crowd of candidates thins out to what ranks can tell apart."""
-    config = BooleanOptimizerConfig(planes="last", step_size=50.0, max_flip_rate=0.02, warmup_fraction=0.0)
+    config = BooleanOptimizerConfig(
+        step_size=50.0, adapt_step_size=True, max_step=0.5, decay=0.9, max_flip_rate=0.02, warmup_fraction=0.0
+    )
     torch.manual_seed(0)
     layer = make_layers()["b"]
     optimizer = BooleanOptimizer({"b": layer}, config, CommConfig(), Communicator(), 1000, 1, seed=0)

@@ -38,7 +38,7 @@ def planes_of(folder):
 
 
 def finished_settings(run_dir, model):
-    settings = models.run_settings(run_dir, model, sample_prompt="The", floats={"lr": 5e-3})
+    settings = models.run_settings(run_dir, model, sample_prompt="The", floats={"lr": 2e-2})
     settings["train"]["steps"] = 12
     settings["boolean"]["max_flip_rate"] = 2e-3
     return settings
