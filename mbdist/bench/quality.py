@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from mbdist.bench.process import in_own_process
+from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
     measure_finetuned_float,
     measure_float,
@@ -146,24 +146,6 @@ def _name_references(rows: list[dict]) -> None:
     references = {(row["group"], row["tokens"]): row["perplexity"] for row in rows if row["name"] == "float"}
     for row in rows:
         row["float_perplexity"] = references.get(("finetuned" if row["tokens"] else "start", row["tokens"]))
-
-
-def as_table(rows: list[dict]) -> Table:
-    """For the terminal."""
-    columns = ("group", "name", "planes", "bits", "tokens", "perplexity", "x float", "KL", "B/weight", "s/step")
-    table = Table(*columns)
-    for row in rows:
-        ratio = row["perplexity"] / row["float_perplexity"] if row.get("float_perplexity") else None
-        numbers = (row["perplexity"], ratio, row["kl"], row["state_bytes_per_weight"], row["step_s"])
-        table.add_row(
-            row["group"],
-            row["name"],
-            str(row["planes"] or ""),
-            f"{row['bits']:.2f}",
-            f"{row['tokens']:,}" if row["tokens"] else "",
-            *("" if number is None else f"{number:,.2f}" for number in numbers),
-        )
-    return table
 
 
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.table import Table
+
 from mbdist.errors import UserError
 
 _COLUMNS = ("name", "planes", "bits", "tokens", "perplexity", "x float", "KL", "state, B/weight", "s/step")
@@ -13,6 +15,14 @@ def write_report(rows: list[dict], json_file: Path) -> None:
     """``quality.md`` and ``quality.svg`` from the rows of ``quality.json``."""
     json_file.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     draw(rows, json_file.with_suffix(".svg"))
+
+
+def as_table(rows: list[dict]) -> Table:
+    """For the terminal."""
+    table = Table("group", *_COLUMNS)
+    for row in rows:
+        table.add_row(row["group"], *_cells(row))
+    return table
 
 
 def markdown(rows: list[dict]) -> str:

@@ -27,15 +27,12 @@ def measure_run(config: RunConfig) -> dict:
 def measure_straight_through(config: RunConfig) -> dict:
     """The same with latent weights of the last plane, a straight-through estimator and AdamW."""
     from mbdist.bench.straight_through import StraightThrough
+    from mbdist.model.layers import linear_weight
 
     trainer = one_process_trainer(config, StraightThrough)
     names = set(trainer.boolean.layers)
     layers = {name: module for name, module in _load_float(config).named_modules() if name in names}
-    weights = {
-        name: layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
-        for name, layer in layers.items()
-    }
-    trainer.boolean.start_from(weights)
+    trainer.boolean.start_from({name: linear_weight(layer) for name, layer in layers.items()})
     return _finetune(config, trainer)
 
 
@@ -118,7 +115,7 @@ def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calib
     from mbdist.convert.calibration import BlockMoments
     from mbdist.data import load_corpus
     from mbdist.data.calibration import calibration_batches
-    from mbdist.model.layers import convertible_layers
+    from mbdist.model.layers import convertible_layers, linear_weight
     from mbdist.model.loading import load_tokenizer
 
     _set_up(config)
@@ -132,10 +129,8 @@ def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calib
     for grams in blocks:
         for name, gram in grams.items():
             layer = layers[name]
-            linear = isinstance(layer, nn.Linear)
-            weight = layer.weight.detach() if linear else layer.weight.detach().T
-            quantized = quantize(weight.clone(), gram)
-            layer.weight.data = quantized if linear else quantized.T.contiguous()
+            weight = linear_weight(layer)  # a view: writing to it changes the layer
+            weight.copy_(quantize(weight.clone(), gram))
     return {**_measure_dense(config, model, uniform_bits(bits, group)), "planes": None}
 
 
@@ -164,25 +159,19 @@ def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
     """Perplexity on all windows, KL to the float model on the first ones."""
     from mbdist.comm.communicator import Communicator
     from mbdist.train.environment import choose_device, compute_dtype
-    from mbdist.train.evaluate import evaluate
+    from mbdist.train.evaluate import evaluate, logits_of
 
     device = choose_device(config.cluster)
     dtype = compute_dtype(config.train.precision, device)
 
-    def logits_of(measured: nn.Module):
-        def forward(ids: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return measured(input_ids=ids, use_cache=False).logits
-
-        return forward
-
     batch, communicator = config.train.eval_batch, Communicator()
+    student = logits_of(model, device, dtype)
     first = windows.select(range(min(_KL_WINDOWS, len(windows))))
     teacher = _load_float(config).to(device, dtype).eval()
-    near = evaluate(logits_of(model), first, batch, communicator, device, logits_of(teacher))
+    near = evaluate(student, first, batch, communicator, device, logits_of(teacher, device, dtype))
     if len(first) == len(windows):
         return {"perplexity": near.perplexity, "kl": near.kl}
     rest = windows.select(range(len(first), len(windows)))
-    far = evaluate(logits_of(model), rest, batch, communicator, device)
+    far = evaluate(student, rest, batch, communicator, device)
     logs = math.log(near.perplexity) * len(first) + math.log(far.perplexity) * len(rest)
     return {"perplexity": math.exp(logs / len(windows)), "kl": near.kl}

@@ -54,8 +54,6 @@ def evaluate(
     import dataclasses
     import json
 
-    import torch
-
     from mbdist.comm.communicator import Communicator
     from mbdist.config.schema import ClusterConfig, DataConfig, ModelConfig, PythonDocsSource, TextSource
     from mbdist.data.published import published_windows
@@ -91,21 +89,14 @@ def evaluate(
     last = len(windows) if max_windows is None else min(skip_windows + max_windows, len(windows))
     windows = windows.select(range(skip_windows, last))
 
-    def logits_of(measured: torch.nn.Module):
-        def forward(ids: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(chosen.type, dtype, enabled=dtype != torch.float32):
-                return measured(input_ids=ids, use_cache=False).logits
-
-        return forward
-
     taught = None
     if teacher is not None:
         teacher_source = ModelConfig(path=teacher, gguf_file=teacher_gguf_file, trust_remote_code=trust_remote_code)
         teacher_model = load_model(teacher_source, dtype).to(chosen)
         if teacher_model.config.vocab_size != loaded.config.vocab_size:
             raise UserError(f"--teacher {teacher} has another vocabulary than {model}; KL needs the same one")
-        taught = logits_of(teacher_model)
-    result = measure.evaluate(logits_of(loaded), windows, batch, Communicator(), chosen, taught)
+        taught = measure.logits_of(teacher_model, chosen, dtype)
+    result = measure.evaluate(measure.logits_of(loaded, chosen, dtype), windows, batch, Communicator(), chosen, taught)
     found |= {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
     found |= {"windows": len(windows), "window": window, "preparation": preparation}
     print(json.dumps(found))

@@ -17,7 +17,7 @@ from mbdist.convert.joint import joint
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.svid import svid
 from mbdist.errors import UserError
-from mbdist.model.layers import convertible_layers, linear_shape, replace_module
+from mbdist.model.layers import convertible_layers, linear_shape, linear_weight, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
 
@@ -59,7 +59,7 @@ def convert_model(
     for grams in blocks:
         for name in list(grams):
             original = chosen.pop(name)
-            weight = _weight(original)
+            weight = linear_weight(original)
             if not torch.isfinite(weight).all():
                 raise UserError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")
             of_layer = moments.pop(name, None)
@@ -85,17 +85,11 @@ def choose_planes(
     errors = {}
     for name, layer in layers.items():
         if config.allocation == "second_order":
-            errors[name] = second_order_errors(_weight(layer), moments[name], config.max_planes)
+            errors[name] = second_order_errors(linear_weight(layer), moments[name], config.max_planes)
         else:
             share = shapes[name][0] * shapes[name][1] / weights
-            errors[name] = residual_errors(_weight(layer), share, config.max_planes)
+            errors[name] = residual_errors(linear_weight(layer), share, config.max_planes)
     return allocate(errors, shapes, config.bits, per_bit=config.allocation == "second_order")
-
-
-def _weight(layer: nn.Module) -> torch.Tensor:
-    """(m, n)"""
-    weight = layer.weight.detach()
-    return weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D keeps (in, out)
 
 
 def _layer_from(found: PlaneSet, bias: torch.Tensor | None) -> MultiBooleanLinear:

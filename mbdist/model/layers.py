@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from mbdist.errors import UserError
@@ -20,6 +21,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a layer that ``is_linear`` accepts."""
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weight (m, n) of a layer that ``is_linear`` accepts, without gradient: a view, transposed for ``Conv1D``."""
+    weight = module.weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def convertible_layers(

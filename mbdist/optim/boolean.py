@@ -57,6 +57,7 @@ class Accumulated:
     """One accumulator a weight of a layer on this rank, and what its candidates may flip."""
 
     name: str
+    number: int  # of the accumulator: part of the keys of its random bits
     layer: MultiBooleanLinear
     matrix: int  # number of the layer
     planes: list[int]  # those it may flip
@@ -131,7 +132,16 @@ class BooleanOptimizer:
                 full_name = name if shared else f"{name}.plane_{planes[0]}"
                 accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
                 self.accumulated.append(
-                    Accumulated(full_name, layer, matrix, planes, partition, accumulator, config.step_size)
+                    Accumulated(
+                        full_name,
+                        len(self.accumulated),
+                        layer,
+                        matrix,
+                        planes,
+                        partition,
+                        accumulator,
+                        config.step_size,
+                    )
                 )
         self._of_layer = {
             id(layer): [entry for entry in self.accumulated if entry.layer is layer] for layer in layers.values()
@@ -221,7 +231,7 @@ class BooleanOptimizer:
         return entry.partition.first_word(self.communicator.rank) * WORD_BITS
 
     def _key(self, contribution: int, entry: Accumulated) -> int:
-        return fold_key(self.seed, self.step_count, contribution, self.accumulated.index(entry))
+        return fold_key(self.seed, self.step_count, contribution, entry.number)
 
     def finish_micro_batch(self) -> None:
         """Wait for the signals still on the wire. To be called after every backward pass."""

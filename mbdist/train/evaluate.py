@@ -8,12 +8,23 @@ from dataclasses import dataclass
 
 import datasets
 import torch
+from torch import nn
 from torch.nn import functional
 
 from mbdist.comm.communicator import Communicator
 from mbdist.data.batches import fetch
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # (batch, window) int64 -> (batch, window, V)
+
+
+def logits_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> LogitsOf:
+    """The model's logits, computed in ``dtype``."""
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(input_ids=ids, use_cache=False).logits
+
+    return forward
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    logits_of: LogitsOf,
+    student: LogitsOf,
     windows: datasets.Dataset,
     batch_size: int,
     communicator: Communicator,
@@ -44,7 +55,7 @@ def evaluate(
         numbers = mine[i * batch_size : (i + 1) * batch_size]
         batch = fetch(windows, numbers or [0])
         ids, learned = batch.input_ids.to(device), batch.learned.to(device)
-        logits = logits_of(ids)
+        logits = student(ids)
         taught = teacher(ids) if teacher is not None else None
         if numbers:
             totals += _sums(logits, taught, ids, learned)
