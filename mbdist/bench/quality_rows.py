@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -112,7 +112,7 @@ def measure_gptq(config: RunConfig, bits: int, group: int) -> dict:
 
 
 def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calibrated: bool) -> dict:
-    from mbdist.convert.calibration import BlockMoments
+    from mbdist.convert.calibration import BlockCalibration, BlockWalk
     from mbdist.data import load_corpus
     from mbdist.data.calibration import calibration_batches
     from mbdist.model.layers import convertible_layers, linear_weight
@@ -121,16 +121,15 @@ def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calib
     _set_up(config)
     model = _load_float(config)
     layers = convertible_layers(model, config.convert.include, config.convert.exclude)
-    blocks: Iterator | list = [dict.fromkeys(layers)]
+    blocks: Iterable[BlockCalibration] = [BlockCalibration(list(layers), {})]
     if calibrated:
         corpus = load_corpus(config.data, load_tokenizer(config.model))
         batches = calibration_batches(corpus.train, config.convert.calibration_tokens)
-        blocks = iter(BlockMoments(model, layers, batches, True, torch.bfloat16))
-    for grams in blocks:
-        for name, gram in grams.items():
-            layer = layers[name]
-            weight = linear_weight(layer)  # a view: writing to it changes the layer
-            weight.copy_(quantize(weight.clone(), gram))
+        blocks = BlockWalk(model, layers, batches, torch.bfloat16, sequential=True)
+    for block in blocks:
+        for name in block.layers:
+            weight = linear_weight(layers[name])  # a view: writing to it changes the layer
+            weight.copy_(quantize(weight.clone(), block.grams.get(name)))
     return {**_measure_dense(config, model, uniform_bits(bits, group)), "planes": None}
 
 

@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode
-from mbdist.config.schema import ConvertConfig, DataConfig, ModelConfig, PythonDocsSource, TextSource
+from mbdist.config.schema import (
+    ConvertConfig,
+    DataConfig,
+    ModelConfig,
+    PythonDocsSource,
+    ReconstructionConfig,
+    TextSource,
+)
 from mbdist.errors import UserError
 
 
@@ -26,6 +33,9 @@ def convert(
     python_docs: Annotated[bool, typer.Option("--python-docs", help="Calibrate on Python's documentation.")] = False,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 32768,
     sequential: Annotated[bool, typer.Option(help="Later blocks see the converted earlier ones.")] = True,
+    reconstruction_steps: Annotated[
+        int, typer.Option(min=0, help="With calibrated: steps in which a block's bits learn its outputs.")
+    ] = ReconstructionConfig().steps,
     window: Annotated[int, typer.Option(min=8, help="Tokens a calibration window.")] = 512,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -56,6 +66,7 @@ def convert(
         exclude=exclude or [],
         calibration_tokens=calibration_tokens,
         sequential=sequential,
+        reconstruction=ReconstructionConfig(steps=reconstruction_steps),
     )
     if settings.needs_calibration != (bool(text) != python_docs):
         what = "--init calibrated" if init == "calibrated" else "--bits with --allocation second_order"
@@ -98,13 +109,15 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
     total = len(convertible_layers(model, settings.include, settings.exclude))
     reports = list(track(convert_model(model, settings, calibration, dtype), "converting", total, console=console))
     save_model(model, tokenizer, output)
-    table = Table("layer", "out x in", "planes", "relative error")
+    reconstructed = any(report.output_error is not None for report in reports)
+    table = Table("layer", "out x in", "planes", "relative error", *(["error of its block's outputs"] * reconstructed))
     for report in reports:
         table.add_row(
             report.name,
             f"{report.shape[0]} x {report.shape[1]}",
             str(report.planes),
             f"{report.relative_error:.4f}",
+            *([f"{report.output_error:.4f}" if report.output_error is not None else ""] * reconstructed),
         )
     console.print(table)
     size = sum(parameter.nbytes for parameter in model.parameters())  # what stays float included

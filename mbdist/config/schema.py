@@ -63,6 +63,20 @@ class PythonDocsSource(_Section):
 DataSource = Annotated[TextSource | RecordsSource | HubSource | PythonDocsSource, Field(discriminator="type")]
 
 
+class ReconstructionConfig(_Section):
+    steps: Annotated[int, Field(ge=0)] = 40
+    """Steps a block, of one batch (2048 tokens) of the calibration text each, over and over; 0 leaves planes as the
+    error feedback put them. More steps want more `calibration_tokens`: bits learn a text seen thrice by heart."""
+    lr: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW learning rate of the scales, as a share of their size."""
+    planes: Literal["levels", "last", "all"] = "levels"
+    """What flips, as in `boolean.planes`."""
+    step_size: Annotated[float, Field(ge=0)] = 0.03
+    """As in `boolean.step_size`; 0 trains scales alone."""
+    max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 6e-3
+    """As in `boolean.max_flip_rate`: errors of a block are seen so well that far more may flip here."""
+
+
 class ConvertConfig(_Section):
     planes: Annotated[int, Field(ge=1, le=8)] = 2
     """K: sign planes of every matrix. Ignored where `model.path` is a multi-Boolean model already."""
@@ -85,6 +99,9 @@ class ConvertConfig(_Section):
     sequential: bool = False
     """With `calibrated`: convert a block before the inputs of the next one are computed, so that later blocks see the
     errors of earlier ones. false: all blocks see the float model's activations."""
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    """With `calibrated`: bits and scales of every block are finetuned to the float block's outputs as soon as it is
+    converted, on the calibration text."""
     include: list[str] = ["*"]
     """Layer names to convert, as shell patterns over module names (`model.layers.*.mlp.*`)."""
     exclude: list[str] = []

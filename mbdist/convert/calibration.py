@@ -2,15 +2,16 @@
 
 Two passes over the calibration tokens. The first goes forward and backward through the whole float model and keeps one
 vector a layer. The second goes through the model block by block, over all tokens at a time, so only the hidden states
-between two blocks and the X^T X of one block are held. In the sequential mode a block is converted before its outputs
-are computed: later blocks see the inputs that the converted model will give them.
+between two blocks and the X^T X of one block are held. Two streams of them are followed where they are needed: those of
+the float model, and those that the blocks converted so far make of the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -96,10 +97,22 @@ class _BlockCall:
     keywords: dict
 
 
-class BlockMoments:
-    """Iterates over the blocks: {layer name: X^T X} of the chosen layers of each, in model order.
+@dataclass
+class BlockCalibration:
+    """One decoder block, still in floating point, and what is known of it when its turn to be converted comes."""
 
-    Between two iterations the caller may replace the layers; in the sequential mode it must, before the next one.
+    layers: list[str]  # names of those to convert
+    grams: dict[str, torch.Tensor]  # of each: X^T X (n, n) fp32
+    inputs: list[torch.Tensor] = field(default_factory=list)  # of every batch: the converted model's states before it
+    targets: list[torch.Tensor] = field(default_factory=list)  # the float model's states after it
+    forward: Callable[[int, torch.Tensor], torch.Tensor] | None = None  # (number of a batch, states before) -> after
+
+
+class BlockWalk:
+    """Iterates over the blocks, in model order. The caller converts a block before it asks for the next one.
+
+    ``sequential``: X^T X is that of the converted stream. ``follow_both``: ``inputs`` and ``targets`` are given.
+    Layers outside of any block come first, without states.
     """
 
     def __init__(
@@ -107,32 +120,41 @@ class BlockMoments:
         model: PreTrainedModel,
         layers: dict[str, nn.Module],
         batches: Sequence[torch.Tensor],
-        sequential: bool,
         dtype: torch.dtype,  # of the passes through the model; moments are summed in fp32
+        sequential: bool = False,
+        follow_both: bool = False,
     ):
         self.model = model
         self.dtype = dtype
         self.batches = batches
         self.sequential = sequential
+        self.follow_both = follow_both
         self.blocks = block_names(model, layers)
         inside = {name: next((b for b in self.blocks if name.startswith(f"{b}.")), None) for name in layers}
         self.outside = [name for name, block in inside.items() if block is None]
         self.layers_of = {block: [n for n, b in inside.items() if b == block] for block in self.blocks}
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[BlockCalibration]:
         if self.outside:
-            yield self._moments_of(self.outside, lambda: [self.model(ids, use_cache=False) for ids in self.batches])
+            grams, _ = self._moments_of(self.outside, self._run_model)
+            yield BlockCalibration(self.outside, grams)
         calls = self._calls() if self.blocks else {}
-        states = [call.hidden_states for call in calls[self.blocks[0]]] if calls else []
+        float_states = [call.hidden_states for call in calls[self.blocks[0]]] if calls else []
+        states = float_states
         for block in self.blocks:
-            outputs: list[torch.Tensor] = []
-            yield self._moments_of(
-                self.layers_of[block], lambda b=block, s=states, o=outputs: o.extend(self._run(b, calls[b], s))
-            )
-            states = self._run(block, calls[block], states) if self.sequential else outputs
+            names, run = self.layers_of[block], partial(self._run, block, calls[block])
+            grams, outputs = self._moments_of(names, partial(run, states if self.sequential else float_states))
+            if self.sequential and self.follow_both:
+                outputs = run(float_states)
+            yield BlockCalibration(names, grams, states, outputs, partial(self._call, block, calls[block]))
+            states = run(states) if self.sequential or self.follow_both else outputs
+            float_states = outputs if self.follow_both else states
 
-    def _moments_of(self, names: list[str], run) -> dict[str, torch.Tensor]:
+    def _moments_of(
+        self, names: list[str], run: Callable[[], list[torch.Tensor]]
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """X^T X by layer while ``run`` runs, and what it returns."""
         grams = {}
         for name in names:
             n = linear_shape(self.model.get_submodule(name))[1]
@@ -151,17 +173,21 @@ class BlockMoments:
                 layer = self.model.get_submodule(name)
                 hooks.callback(layer.register_forward_pre_hook(before_forward(name)).remove)
             with _computing_in(self.dtype):
-                run()
-        return grams
+                outputs = run()
+        return grams, outputs
+
+    def _run_model(self) -> list[torch.Tensor]:
+        for ids in self.batches:
+            self.model(ids, use_cache=False)
+        return []
+
+    def _call(self, block: str, calls: list[_BlockCall], number: int, states: torch.Tensor) -> torch.Tensor:
+        with _computing_in(self.dtype):
+            output = self.model.get_submodule(block)(states, *calls[number].arguments, **calls[number].keywords)
+        return output[0] if isinstance(output, tuple) else output
 
     def _run(self, block: str, calls: list[_BlockCall], states: list[torch.Tensor]) -> list[torch.Tensor]:
-        module = self.model.get_submodule(block)
-        outputs = []
-        with _computing_in(self.dtype):
-            for call, hidden in zip(calls, states, strict=True):
-                output = module(hidden, *call.arguments, **call.keywords)
-                outputs.append(output[0] if isinstance(output, tuple) else output)
-        return outputs
+        return [self._call(block, calls, number, before) for number, before in enumerate(states)]
 
     def _calls(self) -> dict[str, list[_BlockCall]]:
         """What every block is called with on every batch (masks and positions are shared between blocks), from one
@@ -183,6 +209,5 @@ class BlockMoments:
             for block in self.blocks:
                 module = self.model.get_submodule(block)
                 hooks.callback(module.register_forward_pre_hook(before_forward(block), with_kwargs=True).remove)
-            for ids in self.batches:
-                self.model(ids, use_cache=False)
+            self._run_model()
         return calls

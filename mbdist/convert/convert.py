@@ -12,14 +12,17 @@ from transformers import PreTrainedModel
 from mbdist.config.schema import ConvertConfig
 from mbdist.convert.allocation import allocate, residual_errors, second_order_errors
 from mbdist.convert.calibrated import calibrated
-from mbdist.convert.calibration import BlockMoments, LayerMoments, squared_moments
+from mbdist.convert.calibration import BlockCalibration, BlockWalk, LayerMoments, squared_moments
 from mbdist.convert.joint import joint
 from mbdist.convert.planes import PlaneSet
+from mbdist.convert.reconstruction import reconstruct
 from mbdist.convert.svid import svid
 from mbdist.errors import UserError
 from mbdist.model.layers import convertible_layers, linear_shape, linear_weight, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
+
+_SQUARED_BATCHES = 8  # of 2048 tokens: vectors need fewer than X^T X, and a backward pass costs more
 
 # (weight (m, n), num_planes, moments of the layer where they were collected) -> planes and scales
 Initialization = Callable[[torch.Tensor, int, LayerMoments | None], PlaneSet]
@@ -39,6 +42,7 @@ class LayerReport:
     shape: tuple[int, int]  # (out_features, in_features)
     planes: int
     relative_error: float  # ||W - W_hat||^2 / ||W||^2
+    output_error: float | None = None  # ||Y - Y_hat||^2 / ||Y||^2 of its block's outputs, where they are reconstructed
 
 
 def convert_model(
@@ -51,23 +55,34 @@ def convert_model(
     initialize = INITIALIZATIONS[config.init]
     chosen = convertible_layers(model, config.include, config.exclude)
     batches = list(calibration)
-    moments = squared_moments(model, chosen, batches, dtype) if config.needs_calibration else {}
+    moments = squared_moments(model, chosen, batches[:_SQUARED_BATCHES], dtype) if config.needs_calibration else {}
     planes = choose_planes(chosen, config, moments)
-    blocks: Iterable[dict[str, torch.Tensor | None]] = [dict.fromkeys(chosen)]
+    reconstructed = config.init == "calibrated" and config.reconstruction.steps > 0
+    blocks: Iterable[BlockCalibration] = [BlockCalibration(list(chosen), {})]
     if config.init == "calibrated":
-        blocks = BlockMoments(model, chosen, batches, config.sequential, dtype)
-    for grams in blocks:
-        for name in list(grams):
+        blocks = BlockWalk(model, chosen, batches, dtype, config.sequential, follow_both=reconstructed)
+    for block in blocks:
+        weights = {}
+        for name in block.layers:
             original = chosen.pop(name)
             weight = linear_weight(original)
             if not torch.isfinite(weight).all():
                 raise UserError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")
             of_layer = moments.pop(name, None)
             if of_layer is not None:
-                of_layer.gram = grams.pop(name)
+                of_layer.gram = block.grams.pop(name, None)
             found = initialize(weight, planes[name], of_layer)
             replace_module(model, name, _layer_from(found, original.bias))
-            yield LayerReport(name, tuple(weight.shape), planes[name], found.relative_error(weight))
+            if reconstructed and block.targets:
+                weights[name] = weight
+            else:
+                yield LayerReport(name, tuple(weight.shape), planes[name], found.relative_error(weight))
+        if weights:
+            layers = {name: model.get_submodule(name) for name in weights}
+            output_error = reconstruct(layers, block, config.reconstruction)
+            for name, weight in weights.items():
+                error = _planes_of(layers[name]).relative_error(weight)
+                yield LayerReport(name, tuple(weight.shape), planes[name], error, output_error)
     quantization = MultiBooleanConfig(planes=planes)
     model.config.quantization_config = quantization
     model.hf_quantizer = MultiBooleanQuantizer(quantization)
@@ -90,6 +105,10 @@ def choose_planes(
             share = shapes[name][0] * shapes[name][1] / weights
             errors[name] = residual_errors(linear_weight(layer), share, config.max_planes)
     return allocate(errors, shapes, config.bits, per_bit=config.allocation == "second_order")
+
+
+def _planes_of(layer: MultiBooleanLinear) -> PlaneSet:
+    return PlaneSet([plane.data for plane in layer.planes], layer.scale_out.detach(), layer.scale_in.detach())
 
 
 def _layer_from(found: PlaneSet, bias: torch.Tensor | None) -> MultiBooleanLinear:

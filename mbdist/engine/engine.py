@@ -15,9 +15,10 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config
-from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes, parameter_groups
+from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.zero3 import PartitionedPlanes
 from mbdist.optim.boolean import BooleanOptimizer
+from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

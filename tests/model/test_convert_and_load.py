@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.schema import ConvertConfig, ModelConfig, ReconstructionConfig
 from mbdist.convert import convert_model
 from mbdist.convert.allocation import allocate, plane_bits
 from mbdist.convert.calibrated import calibrated
-from mbdist.convert.calibration import BlockMoments, LayerMoments, block_names, squared_moments
+from mbdist.convert.calibration import BlockWalk, LayerMoments, block_names, squared_moments
 from mbdist.convert.joint import joint, nearest_signs, sweep
 from mbdist.convert.svid import rank_one_magnitude, successive_residuals, svid
 from mbdist.errors import UserError
@@ -138,8 +138,8 @@ def test_calibration_collects_the_moments_of_inputs_and_output_gradients(archite
         handle.remove()
     found = squared_moments(model, layers, [ids, ids], torch.float32)
     assert all(parameter.requires_grad for parameter in model.parameters()), "left as it was"
-    blocks = BlockMoments(model, layers, [ids, ids], False, torch.float32)
-    grams = {name: gram for block in blocks for name, gram in block.items()}
+    blocks = BlockWalk(model, layers, [ids, ids], torch.float32)
+    grams = {name: gram for block in blocks for name, gram in block.grams.items()}
     assert list(grams) == list(layers)
     for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
         x = x.detach().flatten(0, -2)
@@ -156,8 +156,8 @@ def test_sequential_calibration_sees_what_the_converted_blocks_put_out(architect
     layers = convertible_layers(model)
     last = list(layers)[-1]
     final_gram = None
-    for block in BlockMoments(model, layers, list(ids.split(2)), True, torch.float32):
-        for name, gram in block.items():
+    for block in BlockWalk(model, layers, list(ids.split(2)), torch.float32, sequential=True):
+        for name, gram in block.grams.items():
             model.get_submodule(name).weight.data.mul_(0.5)  # stands for the conversion
             final_gram = gram if name == last else final_gram
     block = next(name for name in block_names(model, layers) if last.startswith(f"{name}."))
@@ -178,6 +178,46 @@ def test_calibrated_conversion_of_a_model_is_deterministic():
         list(convert_model(model, ConvertConfig(init="calibrated"), list(ids.split(2))))
         hashes.add(hash_planes(model))
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_block_walk_gives_the_states_of_both_streams(architecture, sequential):
+    ids = torch.randint(0, models.VOCABULARY, (4, 16))
+    model = models.small_model(architecture)
+    layers = convertible_layers(model)
+    float_outputs, converted_outputs = [], []
+
+    def remember(_block, _inputs, output):
+        float_outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [model.get_submodule(name).register_forward_hook(remember) for name in block_names(model, layers)]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    walk = BlockWalk(model, layers, [ids], torch.float32, sequential, follow_both=True)
+    for number, block in enumerate(walk):
+        torch.testing.assert_close(block.targets[0], float_outputs[number])
+        if number:
+            torch.testing.assert_close(block.inputs[0], converted_outputs[-1])
+        for name in block.layers:
+            model.get_submodule(name).weight.data.mul_(0.5)  # stands for the conversion
+        converted_outputs.append(block.forward(0, block.inputs[0]))
+    assert len(converted_outputs) == len(float_outputs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_reconstruction_brings_the_blocks_outputs_closer_and_flips_do_more_than_scales(architecture):
+    ids = torch.randint(0, models.VOCABULARY, (64, 32))
+    left = {}
+    for name, changes in {"none": {"lr": 0.0, "step_size": 0.0}, "scales": {"step_size": 0.0}, "flips": {}}.items():
+        model = models.small_model(architecture)
+        settings = ReconstructionConfig(steps=32, **changes)
+        config = ConvertConfig(planes=1, calibration_tokens=2048, reconstruction=settings)
+        reports = list(convert_model(model, config, list(ids.split(4))))
+        left[name] = reports[-1].output_error
+        assert all(layer.signal_sink is None for _, layer in boolean_layers(model))
+    assert left["flips"] < left["scales"] < left["none"]
 
 
 def test_svid_of_a_zero_matrix_is_finite():
