@@ -64,55 +64,79 @@ class Row:
     arguments: tuple = ()
 
 
-def _start_rows() -> Iterator[Row]:
+_NO_FINETUNING = {"train.steps": 0}
+_NOT_RECONSTRUCTED = {"convert.reconstruction.steps": 0}
+_SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, "boolean.step_size": 0.0}
+
+
+def _start_rows(_config: RunConfig) -> Iterator[Row]:
     yield Row("start", "float", measure_float)
     for planes in (1, 2, 3, 4):
-        for init in ("svid", "joint", "calibrated"):
-            changes = {"convert.planes": planes, "convert.init": init, "train.steps": 0}
-            yield Row("start", init, measure_run, changes)
+        at = {"convert.planes": planes, **_NO_FINETUNING}
+        for init in ("svid", "joint"):
+            yield Row("start", init, measure_run, {**at, "convert.init": init})
+        yield Row("start", "calibrated", measure_run, {**at, **_NOT_RECONSTRUCTED})
+        yield Row("start", "reconstructed", measure_run, at)
     for bits in (2, 3, 4):
         for group in (128, 64):
             yield Row("start", f"round to nearest, g{group}", measure_round_to_nearest, {}, (bits, group))
             yield Row("start", f"GPTQ, g{group}", measure_gptq, {}, (bits, group))
 
 
-def _finetuned_rows() -> Iterator[Row]:
-    yield Row("finetuned", "float", measure_finetuned_float)
+def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
+    # Reconstruction goes over tokens too: a row without it gets as many more steps, and so does the float model.
+    longer = {"train.steps": config.train.steps + config.convert.reconstruction.steps}
+    yield Row("finetuned", "float", measure_finetuned_float, longer)
     for planes in (2, 3):
         at = {"convert.planes": planes}
         yield Row("finetuned", "scales and bits", measure_run, at)
-        yield Row("finetuned", "scales only", measure_run, {**at, "boolean.step_size": 0.0})
-        yield Row("finetuned", "straight-through latents", measure_straight_through, at)
-        yield Row("finetuned", "paper", measure_run, {**at, **_PAPER})
+        yield Row("finetuned", "scales only", measure_run, {**at, **_SCALES_ONLY})
+        latents = {**at, "convert.reconstruction.step_size": 0.0}
+        yield Row("finetuned", "straight-through latents", measure_straight_through, latents)
+        yield Row("finetuned", "paper", measure_run, {**at, **_PAPER, **longer})
 
 
-def _ablation_rows() -> Iterator[Row]:
+def _ablation_rows(config: RunConfig) -> Iterator[Row]:
+    short = {"train.steps": config.train.steps // 2, "data.max_eval_windows": 128}
+
     def row(name: str, changes: dict) -> Row:
-        return Row("ablation", name, measure_run, changes)
+        return Row("ablation", name, measure_run, {**short, **changes})
 
+    yield row("as configured", {})
+    yield row("scales only", _SCALES_ONLY)
+    yield row("bits in reconstruction only", {"boolean.step_size": 0.0})
+    yield row("bits in finetuning only", {"convert.reconstruction.step_size": 0.0})
+    yield row("not reconstructed", _NOT_RECONSTRUCTED)
     for init in ("svid", "joint"):
         yield row(f"init {init}", {"convert.init": init})
-        yield row(f"init {init}, scales only", {"convert.init": init, "boolean.step_size": 0.0})
+        yield row(f"init {init}, scales only", {"convert.init": init, **_SCALES_ONLY})
     for signal in ("raw", "rms"):
         yield row(f"signal {signal}", {"boolean.signal": signal})
     for cap in (1e-4, 1e-3):
         yield row(f"cap {cap:g}", {"boolean.max_flip_rate": cap})
     for limit in (0.0625, 0.25):
         yield row(f"max_step {limit:g}", {"boolean.max_step": limit})
-    for planes in ("last", [0], "all", "alternating"):
+    for planes in ("levels", [0], "all", "alternating"):
         yield row(f"planes {planes}", {"boolean.planes": planes})
     for kind in ("int4", "fp32"):
         yield row(f"accumulator {kind}", {"boolean.accumulator": kind})
+    for planes in ("last", "all"):
+        yield row(f"reconstruction, planes {planes}", {"convert.reconstruction.planes": planes, **_NO_FINETUNING})
+    for rate in (2e-3, 1.2e-2):
+        changes = {"convert.reconstruction.max_flip_rate": rate, **_NO_FINETUNING}
+        yield row(f"reconstruction, cap {rate:g}", changes)
     for tokens in (8192, 131072):
-        yield row(f"calibrated on {tokens} tokens", {"convert.calibration_tokens": tokens, "train.steps": 0})
-    yield row("calibrated block after block", {"convert.sequential": True, "train.steps": 0})
+        steps = {"convert.calibration_tokens": tokens, **_NO_FINETUNING}
+        yield row(f"calibrated on {tokens} tokens", {**steps, **_NOT_RECONSTRUCTED})
+        yield row(f"reconstructed on {tokens} tokens", {**steps, "convert.reconstruction.steps": 64})
+    yield row("calibrated block after block", {"convert.sequential": True, **_NOT_RECONSTRUCTED, **_NO_FINETUNING})
     for bits in (2.0, 2.5, 3.0):
         for rule in ("second_order", "residual"):
-            changes = {"convert.bits": bits, "convert.allocation": rule, "train.steps": 0}
+            changes = {"convert.bits": bits, "convert.allocation": rule, **_NO_FINETUNING}
             yield row(f"{bits} bits, {rule}", changes)
 
 
-GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
+GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "start": _start_rows,
     "finetuned": _finetuned_rows,
     "ablation": _ablation_rows,
@@ -124,7 +148,7 @@ def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list
     console = Console()
     known = {row["key"]: row for row in json.loads(json_file.read_text())} if json_file.exists() else {}
     result = []
-    for row in (row for group in groups for row in GROUPS[group]()):
+    for row in (row for group in groups for row in GROUPS[group](config)):
         changed = changed_config(config, row.changes)
         key = _digest([_FORMAT, row.group, row.name, row.arguments, changed.model_dump(exclude={"run_dir"})])
         if key not in known:
@@ -152,8 +176,11 @@ def changed_config(config: RunConfig, changes: dict) -> RunConfig:
     """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
     values = config.model_dump(exclude_unset=True)
     for dotted, value in changes.items():
-        section, key = dotted.split(".")
-        values.setdefault(section, {})[key] = value
+        *sections, key = dotted.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = value
     changed = RunConfig.model_validate(values)
     start = _digest([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
     return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})

@@ -54,8 +54,16 @@ def _finetune(config: RunConfig, trainer) -> dict:
         **_measure(config, trainer.engine.module, trainer.corpus.eval),
         "state_bytes_per_weight": state,
         "step_s": sorted(seconds)[len(seconds) // 2] if seconds else None,
-        "tokens": len(seconds) * config.train.sequences_per_step * config.data.window,
+        "tokens": _trained_tokens(config) if seconds else 0,
     }
+
+
+def _trained_tokens(config: RunConfig) -> int:
+    """Tokens of all steps, those of the blocks' reconstruction included."""
+    from mbdist.data.calibration import BATCH_TOKENS
+
+    reconstruction = config.convert.reconstruction.steps * BATCH_TOKENS if config.convert.reconstructs else 0
+    return reconstruction + config.train.steps * config.train.sequences_per_step * config.data.window
 
 
 def measure_float(config: RunConfig) -> dict:

@@ -108,6 +108,11 @@ class ConvertConfig(_Section):
     """Layer names to leave in floating point; the LM head and the embeddings always are."""
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether blocks are finetuned to the float blocks' outputs."""
+        return self.init == "calibrated" and self.reconstruction.steps > 0
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether converting takes text."""
         return self.init == "calibrated" or (self.bits is not None and self.allocation == "second_order")

@@ -57,10 +57,9 @@ def convert_model(
     batches = list(calibration)
     moments = squared_moments(model, chosen, batches[:_SQUARED_BATCHES], dtype) if config.needs_calibration else {}
     planes = choose_planes(chosen, config, moments)
-    reconstructed = config.init == "calibrated" and config.reconstruction.steps > 0
     blocks: Iterable[BlockCalibration] = [BlockCalibration(list(chosen), {})]
     if config.init == "calibrated":
-        blocks = BlockWalk(model, chosen, batches, dtype, config.sequential, follow_both=reconstructed)
+        blocks = BlockWalk(model, chosen, batches, dtype, config.sequential, follow_both=config.reconstructs)
     for block in blocks:
         weights = {}
         for name in block.layers:
@@ -73,7 +72,7 @@ def convert_model(
                 of_layer.gram = block.grams.pop(name, None)
             found = initialize(weight, planes[name], of_layer)
             replace_module(model, name, _layer_from(found, original.bias))
-            if reconstructed and block.targets:
+            if config.reconstructs and block.targets:
                 weights[name] = weight
             else:
                 yield LayerReport(name, tuple(weight.shape), planes[name], found.relative_error(weight))

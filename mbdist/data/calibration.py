@@ -7,7 +7,7 @@ import math
 import datasets
 import torch
 
-_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
+BATCH_TOKENS = 2048  # tokens of one forward and backward pass
 
 
 def calibration_batches(
@@ -18,4 +18,4 @@ def calibration_batches(
     windows = windows.with_format("torch")
     window = len(windows[0]["input_ids"])
     chosen = windows.select(range(min(len(windows), math.ceil(tokens / window))))
-    return [batch["input_ids"].long() for batch in chosen.iter(batch_size=max(1, _BATCH_TOKENS // window))]
+    return [batch["input_ids"].long() for batch in chosen.iter(batch_size=max(1, BATCH_TOKENS // window))]

@@ -104,6 +104,7 @@ def _convert(config: RunConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corp
         bits_per_weight=bits_per_weight(model),
         mean_relative_error=sum(report.relative_error for report in reports) / len(reports),
         relative_error={report.name: round(report.relative_error, 5) for report in reports},
+        output_error={report.name: report.output_error for report in reports if report.output_error is not None},
     )
 
 

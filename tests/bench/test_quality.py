@@ -15,14 +15,14 @@ SCALES = {"boolean.step_size": 0.0}
 
 def small_groups():
     return {
-        "start": lambda: iter(
+        "start": lambda _config: iter(
             [
                 Row("start", "float", quality_rows.measure_float),
                 Row("start", "svid", quality_rows.measure_run, {"train.steps": 0, "convert.init": "svid"}),
                 Row("start", "GPTQ, g16", quality_rows.measure_gptq, {}, (3, 16)),
             ]
         ),
-        "finetuned": lambda: iter(
+        "finetuned": lambda _config: iter(
             [
                 Row("finetuned", "float", quality_rows.measure_finetuned_float),
                 Row("finetuned", "scales and bits", quality_rows.measure_run),
@@ -58,11 +58,13 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
 def test_every_row_is_a_valid_config():
     config = load_config("configs/quality.yaml", [])
     names = [
-        (row.group, row.name, str(row.changes), row.arguments) for rows in quality.GROUPS.values() for row in rows()
+        (row.group, row.name, str(row.changes), row.arguments)
+        for rows in quality.GROUPS.values()
+        for row in rows(config)
     ]
     assert len(names) == len(set(names)) > 40
     for rows in quality.GROUPS.values():
-        for row in rows():
+        for row in rows(config):
             quality.changed_config(config, row.changes)
 
 
