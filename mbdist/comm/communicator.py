@@ -17,8 +17,9 @@ class Communicator:
     """Collectives over all data-parallel ranks. ``bytes_sent[phase]`` counts what this rank's payload costs on the
     wire: what leaves it for other ranks, by the ring or pairwise algorithm's minimum."""
 
-    def __init__(self, timeout_s: float = 600):
-        self.distributed = dist.is_available() and dist.is_initialized()
+    def __init__(self, timeout_s: float = 600, alone: bool = False):
+        """``alone``: this process by itself, whether or not it is one of many."""
+        self.distributed = dist.is_available() and dist.is_initialized() and not alone
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
         self.group = dist.new_group(timeout=timedelta(seconds=timeout_s)) if self.world_size > 1 else None

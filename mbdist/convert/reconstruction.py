@@ -35,7 +35,7 @@ def reconstruct(
 ) -> float:
     """``config.steps`` steps of one calibration batch each; changes the layers. Returns the relative squared error of
     the block's outputs, over all batches, that is left."""
-    comm = Communicator()
+    comm = Communicator(alone=True)  # conversion is rank 0's work: the others do not take part
     bits = BooleanOptimizer(
         layers,
         BooleanOptimizerConfig(planes=config.planes, step_size=config.step_size, max_flip_rate=config.max_flip_rate),
