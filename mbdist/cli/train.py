@@ -33,12 +33,13 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
         config = open_run_folder(config)
     else:
         config = config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve())})
-    from mbdist.train.environment import pin_accelerator
+    from mbdist.train.environment import leave_group, pin_accelerator
 
     pin_accelerator(config)
     from mbdist.train.trainer import run_worker
 
     with RunWatcher(Path(config.run_dir) / "metrics.jsonl") if first else contextlib.nullcontext():
         run_worker(config)
+    leave_group()
     if first:
         print_summary(finish_run(config, started), config.run_dir)

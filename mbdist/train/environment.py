@@ -79,3 +79,8 @@ def _join_group(config: RunConfig, device: torch.device) -> None:
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.comm.timeout_s))
+
+
+def leave_group() -> None:
+    """Close the process group while the interpreter still runs: gloo's threads, left to its end, may abort it."""
+    dist.destroy_process_group()
