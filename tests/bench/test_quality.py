@@ -57,15 +57,23 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
 
 def test_every_row_is_a_valid_config():
     config = load_config("configs/quality.yaml", [])
-    names = [
-        (row.group, row.name, str(row.changes), row.arguments)
-        for rows in quality.GROUPS.values()
-        for row in rows(config)
-    ]
+    all_rows = [row for rows in quality.GROUPS.values() for row in rows(config)]
+    names = [(row.group, row.name, str(row.changes), row.arguments) for row in all_rows]
     assert len(names) == len(set(names)) > 40
-    for rows in quality.GROUPS.values():
-        for row in rows(config):
-            quality.changed_config(config, row.changes)
+    for row in all_rows:
+        quality.changed_config(config, row.changes)
+
+
+def test_compared_rows_see_the_same_number_of_tokens():
+    config = load_config("configs/quality.yaml", [])
+    tokens = set()
+    for row in quality.GROUPS["finetuned"](config):
+        changed = quality.changed_config(config, row.changes)
+        if row.measure is quality_rows.measure_finetuned_float:
+            tokens.add(changed.train.steps * changed.train.sequences_per_step * changed.data.window)
+        else:
+            tokens.add(quality_rows._trained_tokens(changed))
+    assert len(tokens) == 1
 
 
 def test_the_paper_row_is_the_paper_config():
