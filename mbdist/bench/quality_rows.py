@@ -63,7 +63,7 @@ def _trained_tokens(config: RunConfig) -> int:
     from mbdist.data.calibration import BATCH_TOKENS
 
     reconstruction = config.convert.reconstruction.steps * BATCH_TOKENS if config.convert.reconstructs else 0
-    return reconstruction + config.train.steps * config.train.sequences_per_step * config.data.window
+    return reconstruction + config.train.steps * config.tokens_per_step
 
 
 def measure_float(config: RunConfig) -> dict:
@@ -105,7 +105,7 @@ def measure_finetuned_float(config: RunConfig) -> dict:
         **_measure_dense(config, model, 16.0),
         "state_bytes_per_weight": 16.0,
         "step_s": sorted(seconds)[len(seconds) // 2],
-        "tokens": len(seconds) * config.train.sequences_per_step * config.data.window,
+        "tokens": len(seconds) * config.tokens_per_step,
     }
 
 

@@ -60,7 +60,7 @@ def bench_train(config: RunConfig, steps: int, json_file: Path | None) -> dict:
         },
         "peak_rss_ratio": round(ours["peak_rss"] / dense["peak_rss"], 3),
         "planes": config.convert.planes,
-        "tokens_per_step": config.train.sequences_per_step * config.data.window,
+        "tokens_per_step": config.tokens_per_step,
         "steps": steps,
         "device": ours["device"],
         "versions": ours["versions"],

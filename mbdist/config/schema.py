@@ -285,6 +285,11 @@ class RunConfig(_Section):
         """Micro-batches a worker adds up before a step."""
         return self.train.sequences_per_step // (self.cluster.workers * self.train.micro_batch)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step's global batch."""
+        return self.train.sequences_per_step * self.data.window
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> RunConfig:
         problems = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -107,6 +107,12 @@ class BlockCalibration:
     targets: list[torch.Tensor] = field(default_factory=list)  # the float model's states after it
     forward: Callable[[int, torch.Tensor], torch.Tensor] | None = None  # (number of a batch, states before) -> after
 
+    @cached_property
+    def outputs(self) -> list[torch.Tensor]:
+        """What the block makes of ``inputs``, computed once: to be asked for when it is converted, not before."""
+        with torch.no_grad():
+            return [self.forward(number, before) for number, before in enumerate(self.inputs)]
+
 
 class BlockWalk:
     """Iterates over the blocks, in model order. The caller converts a block before it asks for the next one.
@@ -144,12 +150,13 @@ class BlockWalk:
         states = float_states
         for block in self.blocks:
             names, run = self.layers_of[block], partial(self._run, block, calls[block])
-            grams, outputs = self._moments_of(names, partial(run, states if self.sequential else float_states))
+            grams, float_outputs = self._moments_of(names, partial(run, states if self.sequential else float_states))
             if self.sequential and self.follow_both:
-                outputs = run(float_states)
-            yield BlockCalibration(names, grams, states, outputs, partial(self._call, block, calls[block]))
-            states = run(states) if self.sequential or self.follow_both else outputs
-            float_states = outputs if self.follow_both else states
+                float_outputs = run(float_states)
+            found = BlockCalibration(names, grams, states, float_outputs, partial(self._call, block, calls[block]))
+            yield found
+            states = found.outputs if self.sequential or self.follow_both else float_outputs
+            float_states = float_outputs if self.follow_both else states
 
     def _moments_of(
         self, names: list[str], run: Callable[[], list[torch.Tensor]]

@@ -261,7 +261,7 @@ class Trainer:
 
     def _log_step(self, step: int, report: FlipReport | None, losses: torch.Tensor, seconds: float) -> None:
         loss, kl, cross_entropy, _ = losses.tolist()
-        tokens = self.config.train.sequences_per_step * self.config.data.window
+        tokens = self.config.tokens_per_step
         sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
         self.communicator.bytes_sent.clear()
         every = self.config.train.check_planes_every

@@ -10,8 +10,6 @@ from mbdist.bench.quality import Row, bench_quality
 from mbdist.bench.quality_report import write_report
 from mbdist.config import load_config, parse_config
 
-SCALES = {"boolean.step_size": 0.0}
-
 
 def small_groups():
     return {
@@ -70,7 +68,7 @@ def test_compared_rows_see_the_same_number_of_tokens():
     for row in quality.GROUPS["finetuned"](config):
         changed = quality.changed_config(config, row.changes)
         if row.measure is quality_rows.measure_finetuned_float:
-            tokens.add(changed.train.steps * changed.train.sequences_per_step * changed.data.window)
+            tokens.add(changed.train.steps * changed.tokens_per_step)
         else:
             tokens.add(quality_rows._trained_tokens(changed))
     assert len(tokens) == 1
