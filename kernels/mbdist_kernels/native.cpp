@@ -5,6 +5,7 @@
 // number of threads. Layout of a plane: see layout.py (bit b of word w is column 32 w + b, bit 1 means -1).
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -205,6 +206,62 @@ void square_sums(const In* values, int64_t rows, int64_t columns, double* sums, 
   }
 }
 
+template <int K>
+void nearest_levels(const float* weight, int64_t rows, int64_t columns, const float* scale_out, const float* scale_in,
+                    uint8_t* codes, int threads) {
+  constexpr int64_t kWidth = 64;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t first = 0; first < columns; first += kWidth) {
+      const int64_t width = std::min(kWidth, columns - first);
+      float w[kWidth] = {}, magnitude[K][kWidth] = {}, best[kWidth];
+      int32_t nearest[kWidth] = {};
+      std::copy_n(weight + i * columns + first, width, w);
+      for (int k = 0; k < K; ++k) {
+        const float row = scale_out[k * rows + i];
+        for (int64_t j = 0; j < width; ++j) magnitude[k][j] = row * scale_in[k * columns + first + j];
+      }
+      for (int code = 0; code < (1 << K); ++code)
+        for (int64_t j = 0; j < kWidth; ++j) {
+          float level = code & 1 ? -magnitude[0][j] : magnitude[0][j];
+          for (int k = 1; k < K; ++k) level = (code >> k) & 1 ? level - magnitude[k][j] : level + magnitude[k][j];
+          const float distance = std::fabs(w[j] - level);
+          const bool nearer = code == 0 || distance < best[j];
+          best[j] = nearer ? distance : best[j];
+          nearest[j] = nearer ? code : nearest[j];
+        }
+      for (int64_t j = 0; j < width; ++j) codes[i * columns + first + j] = static_cast<uint8_t>(nearest[j]);
+    }
+  }
+}
+
+template <int K>
+void feed_errors_forward(float* columns, int64_t rows, int64_t width, const float* scale_out, int64_t out_stride,
+                         const float* scale_in, int64_t in_stride, const float* upper, uint8_t* codes, float* errors,
+                         int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    float* left = columns + i * width;
+    for (int64_t j = 0; j < width; ++j) {
+      float best = 0.0f, chosen = 0.0f;
+      int code = 0;
+      float magnitude[K];
+      for (int k = 0; k < K; ++k) magnitude[k] = scale_out[k * out_stride + i] * scale_in[k * in_stride + j];
+      for (int c = 0; c < (1 << K); ++c) {
+        float level = c & 1 ? -magnitude[0] : magnitude[0];
+        for (int k = 1; k < K; ++k) level = (c >> k) & 1 ? level - magnitude[k] : level + magnitude[k];
+        const float distance = std::fabs(left[j] - level);
+        if (c == 0 || distance < best) best = distance, chosen = level, code = c;
+      }
+      const float error = (left[j] - chosen) / upper[j * width + j];
+      codes[i * width + j] = static_cast<uint8_t>(code);
+      errors[i * width + j] = error;
+      const float* row = upper + j * width;
+      for (int64_t later = j + 1; later < width; ++later) left[later] -= row[later] * error;
+    }
+  }
+}
+
 inline uint32_t lowbias32(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -283,6 +340,43 @@ void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t
       beta = 1 << 15;
     }
     for (int b = 0; b < kWordBits; ++b) accumulator[start + b] = static_cast<int8_t>(state[b]);
+  }
+}
+
+void mbdist_nearest_levels(const float* weight, int64_t rows, int64_t columns, const float* scale_out,
+                           const float* scale_in, int64_t planes, uint8_t* codes, int threads) {
+  switch (planes) {
+    case 1: return nearest_levels<1>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 2: return nearest_levels<2>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 3: return nearest_levels<3>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 4: return nearest_levels<4>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 5: return nearest_levels<5>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 6: return nearest_levels<6>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 7: return nearest_levels<7>(weight, rows, columns, scale_out, scale_in, codes, threads);
+    case 8: return nearest_levels<8>(weight, rows, columns, scale_out, scale_in, codes, threads);
+  }
+}
+
+void mbdist_feed_errors_forward(float* columns, int64_t rows, int64_t width, const float* scale_out,
+                                int64_t out_stride, const float* scale_in, int64_t in_stride, int64_t planes,
+                                const float* upper, uint8_t* codes, float* errors, int threads) {
+  switch (planes) {
+    case 1: return feed_errors_forward<1>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 2: return feed_errors_forward<2>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 3: return feed_errors_forward<3>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 4: return feed_errors_forward<4>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 5: return feed_errors_forward<5>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 6: return feed_errors_forward<6>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 7: return feed_errors_forward<7>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
+    case 8: return feed_errors_forward<8>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
+                                          codes, errors, threads);
   }
 }
 

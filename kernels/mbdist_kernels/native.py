@@ -220,3 +220,36 @@ def find_candidates(accumulator, words, threshold) -> tuple[torch.Tensor, torch.
     found, values = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.int8)
     search(*arguments, _pointer(found), _pointer(values))
     return found, values
+
+
+def nearest_levels(weight, scale_out, scale_in) -> torch.Tensor:
+    scale_out, scale_in = scale_out.contiguous(), scale_in.contiguous()
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    accelerator().mbdist_nearest_levels(
+        _pointer(weight),
+        *map(ctypes.c_int64, weight.shape),
+        _pointer(scale_out),
+        _pointer(scale_in),
+        ctypes.c_int64(len(scale_in)),
+        _pointer(codes),
+        torch.get_num_threads(),
+    )
+    return codes
+
+
+def feed_errors_forward(columns, scale_out, scale_in, upper) -> tuple[torch.Tensor, torch.Tensor]:
+    scale_out, scale_in, upper = scale_out.contiguous(), scale_in.contiguous(), upper.contiguous()
+    codes, errors = torch.empty(columns.shape, dtype=torch.uint8), torch.empty_like(columns)
+    accelerator().mbdist_feed_errors_forward(
+        _pointer(columns),
+        *map(ctypes.c_int64, columns.shape),
+        _pointer(scale_out),
+        ctypes.c_int64(scale_out.shape[1]),
+        _pointer(scale_in),
+        *map(ctypes.c_int64, reversed(scale_in.shape)),
+        _pointer(upper),
+        _pointer(codes),
+        _pointer(errors),
+        torch.get_num_threads(),
+    )
+    return codes, errors

@@ -19,8 +19,10 @@ from rich.console import Console
 from mbdist.bench.process import in_own_process
 from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
+    from_scratch_folder,
     measure_finetuned_float,
     measure_float,
+    measure_from_scratch,
     measure_gptq,
     measure_round_to_nearest,
     measure_run,
@@ -63,10 +65,35 @@ class Row:
     changes: dict = field(default_factory=dict)  # to the base config, as {"section.key": value}
     arguments: tuple = ()
 
+    def depends_on(self, config: RunConfig) -> list:
+        """What its result depends on; nothing of the optimizers and the loss where nothing is trained."""
+        trains = self.measure not in _NOT_TRAINED and config.train.steps > 0
+        sections = config.model_dump(
+            exclude={"run_dir"} if trains else {"run_dir", "boolean", "floats", "loss", "comm"}
+        )
+        if self.measure in (measure_float, measure_round_to_nearest):
+            del sections["convert"]
+        return [_FORMAT, self.group, self.name, self.arguments, sections]
+
+
+_NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
+
 
 _NO_FINETUNING = {"train.steps": 0}
 _NOT_RECONSTRUCTED = {"convert.reconstruction.steps": 0}
 _SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, "boolean.step_size": 0.0}
+
+
+def _architecture_rows(config: RunConfig) -> Iterator[Row]:
+    """The defaults on a model of another kind: GPT-2's blocks (LayerNorm, biases, GELU), trained here from scratch."""
+    model = {"model.path": from_scratch_folder(config), "model.gguf_file": None}
+    yield Row("other architecture", "float", measure_from_scratch)
+    yield Row("other architecture", "calibrated", measure_run, {**model, **_NO_FINETUNING, **_NOT_RECONSTRUCTED})
+    yield Row("other architecture", "reconstructed", measure_run, {**model, **_NO_FINETUNING})
+    longer = {"train.steps": config.train.steps + config.convert.reconstruction.steps}
+    yield Row("other architecture, finetuned", "float", measure_finetuned_float, {**model, **longer})
+    yield Row("other architecture, finetuned", "scales and bits", measure_run, model)
+    yield Row("other architecture, finetuned", "scales only", measure_run, {**model, **_SCALES_ONLY})
 
 
 def _start_rows(_config: RunConfig) -> Iterator[Row]:
@@ -139,6 +166,7 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
 GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "start": _start_rows,
     "finetuned": _finetuned_rows,
+    "architecture": _architecture_rows,
     "ablation": _ablation_rows,
 }
 
@@ -150,7 +178,7 @@ def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list
     result = []
     for row in (row for group in groups for row in GROUPS[group](config)):
         changed = changed_config(config, row.changes)
-        key = _digest([_FORMAT, row.group, row.name, row.arguments, changed.model_dump(exclude={"run_dir"})])
+        key = _digest(row.depends_on(changed))
         if key not in known:
             console.print(f"{row.group}: {row.name} {row.changes or row.arguments or ''}")
             started = time.perf_counter()
@@ -169,7 +197,10 @@ def _name_references(rows: list[dict]) -> None:
     float model finetuned on the same tokens, None until that row is there."""
     references = {(row["group"], row["tokens"]): row["perplexity"] for row in rows if row["name"] == "float"}
     for row in rows:
-        row["float_perplexity"] = references.get(("finetuned" if row["tokens"] else "start", row["tokens"]))
+        group = row["group"]
+        if group == "ablation":
+            group = "finetuned" if row["tokens"] else "start"
+        row["float_perplexity"] = references.get((group, row["tokens"]))
 
 
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from mbdist.optim.schedule import warmup_cosine
 
 _KL_WINDOWS = 64  # KL needs the float model's logits too, so it is measured on the first windows only
 _FLOAT_LR = 1e-4  # of the float model's finetuning; not tuned
+_SCRATCH_LR, _SCRATCH_STEPS = 1e-3, 240
 
 
 def measure_run(config: RunConfig) -> dict:
@@ -73,18 +75,53 @@ def measure_float(config: RunConfig) -> dict:
 
 def measure_finetuned_float(config: RunConfig) -> dict:
     """The float model, every weight of it finetuned on the same tokens: next-token loss, AdamW, the same schedule."""
-    from mbdist.data import Batches, load_corpus
-    from mbdist.model.loading import load_tokenizer
-    from mbdist.train.loss import distillation_loss
-
     _set_up(config)
     model = _load_float(config).train()
-    corpus = load_corpus(config.data, load_tokenizer(config.model))
+    seconds = _train_dense(config, model, config.train.steps, _FLOAT_LR)
+    return {
+        **_measure_dense(config, model, 16.0),
+        "state_bytes_per_weight": 16.0,
+        "step_s": sorted(seconds)[len(seconds) // 2],
+        "tokens": len(seconds) * config.tokens_per_step,
+    }
+
+
+def from_scratch_folder(config: RunConfig) -> str:
+    """Where ``measure_from_scratch`` leaves its model."""
+    return str(Path(config.run_dir).parent / "gpt2-from-scratch")
+
+
+def measure_from_scratch(config: RunConfig) -> dict:
+    """A small GPT-2 with the configured model's tokenizer, trained on the training text for a few minutes."""
+    import transformers
+
+    from mbdist.model.loading import load_tokenizer
+
+    _set_up(config)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    special = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape = {"n_layer": 8, "n_embd": 384, "n_head": 6, "n_positions": config.data.window}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape, **special))
+    _train_dense(config, model.train(), _SCRATCH_STEPS, _SCRATCH_LR)
+    folder = from_scratch_folder(config)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = _measure(config, model, _corpus(config).eval, kl=False)
+    return {"planes": None, "bits": 16.0, **found, "state_bytes_per_weight": None, "step_s": None, "tokens": 0}
+
+
+def _train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
+    """Next-token loss, AdamW, the run's schedule and batches; the seconds of every step."""
+    from mbdist.data import Batches
+    from mbdist.train.loss import distillation_loss
+
+    corpus = _corpus(config)
     batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_FLOAT_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     loss_config = config.loss.model_copy(update={"teacher": "none", "hidden": "none", "cross_entropy_weight": 1.0})
     seconds = []
-    for step in range(config.train.steps):
+    for step in range(steps):
         started = time.perf_counter()
         micro_batches = [batches.micro_batch_at(step, a) for a in range(config.accumulation)]
         targets = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
@@ -97,16 +134,11 @@ def measure_finetuned_float(config: RunConfig) -> dict:
             loss.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = _FLOAT_LR * warmup_cosine(step, config.train.steps, config.floats.warmup_fraction)
+            group["lr"] = lr * warmup_cosine(step, steps, config.floats.warmup_fraction)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-    return {
-        **_measure_dense(config, model, 16.0),
-        "state_bytes_per_weight": 16.0,
-        "step_s": sorted(seconds)[len(seconds) // 2],
-        "tokens": len(seconds) * config.tokens_per_step,
-    }
+    return seconds
 
 
 def measure_round_to_nearest(config: RunConfig, bits: int, group: int) -> dict:
@@ -121,18 +153,15 @@ def measure_gptq(config: RunConfig, bits: int, group: int) -> dict:
 
 def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calibrated: bool) -> dict:
     from mbdist.convert.calibration import BlockCalibration, BlockWalk
-    from mbdist.data import load_corpus
     from mbdist.data.calibration import calibration_batches
     from mbdist.model.layers import convertible_layers, linear_weight
-    from mbdist.model.loading import load_tokenizer
 
     _set_up(config)
     model = _load_float(config)
     layers = convertible_layers(model, config.convert.include, config.convert.exclude)
     blocks: Iterable[BlockCalibration] = [BlockCalibration(list(layers), {})]
     if calibrated:
-        corpus = load_corpus(config.data, load_tokenizer(config.model))
-        batches = calibration_batches(corpus.train, config.convert.calibration_tokens)
+        batches = calibration_batches(_corpus(config).train, config.convert.calibration_tokens)
         blocks = BlockWalk(model, layers, batches, torch.bfloat16, sequential=True)
     for block in blocks:
         for name in block.layers:
@@ -153,17 +182,20 @@ def _load_float(config: RunConfig) -> nn.Module:
     return load_model(config.model)
 
 
-def _measure_dense(config: RunConfig, model: nn.Module, bits: float) -> dict:
+def _corpus(config: RunConfig):
     from mbdist.data import load_corpus
     from mbdist.model.loading import load_tokenizer
 
-    corpus = load_corpus(config.data, load_tokenizer(config.model))
-    found = _measure(config, model.eval(), corpus.eval)
+    return load_corpus(config.data, load_tokenizer(config.model))
+
+
+def _measure_dense(config: RunConfig, model: nn.Module, bits: float) -> dict:
+    found = _measure(config, model.eval(), _corpus(config).eval)
     return {"planes": None, "bits": bits, **found, "state_bytes_per_weight": None, "step_s": None, "tokens": 0}
 
 
-def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
-    """Perplexity on all windows, KL to the float model on the first ones."""
+def _measure(config: RunConfig, model: nn.Module, windows, kl: bool = True) -> dict:
+    """Perplexity on all windows, KL to the float model on the first ones unless there is none."""
     from mbdist.comm.communicator import Communicator
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist.train.evaluate import evaluate, logits_of
@@ -173,12 +205,14 @@ def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
 
     batch, communicator = config.train.eval_batch, Communicator()
     student = logits_of(model, device, dtype)
-    first = windows.select(range(min(_KL_WINDOWS, len(windows))))
-    teacher = _load_float(config).to(device, dtype).eval()
-    near = evaluate(student, first, batch, communicator, device, logits_of(teacher, device, dtype))
-    if len(first) == len(windows):
-        return {"perplexity": near.perplexity, "kl": near.kl}
-    rest = windows.select(range(len(first), len(windows)))
-    far = evaluate(student, rest, batch, communicator, device)
-    logs = math.log(near.perplexity) * len(first) + math.log(far.perplexity) * len(rest)
-    return {"perplexity": math.exp(logs / len(windows)), "kl": near.kl}
+    known = min(_KL_WINDOWS, len(windows)) if kl else 0
+    logs, divergence = 0.0, None
+    if known:
+        teacher = _load_float(config).to(device, dtype).eval()
+        taught = logits_of(teacher, device, dtype)
+        near = evaluate(student, windows.select(range(known)), batch, communicator, device, taught)
+        logs, divergence = math.log(near.perplexity) * known, near.kl
+    if known < len(windows):
+        far = evaluate(student, windows.select(range(known, len(windows))), batch, communicator, device)
+        logs += math.log(far.perplexity) * (len(windows) - known)
+    return {"perplexity": math.exp(logs / len(windows)), "kl": divergence}

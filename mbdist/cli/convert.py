@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,10 @@ def convert(
         int, typer.Option(min=0, help="With calibrated: steps in which a block's bits learn its outputs.")
     ] = ReconstructionConfig().steps,
     window: Annotated[int, typer.Option(min=8, help="Tokens a calibration window.")] = 512,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ray tasks at a time, here or at RAY_ADDRESS, for matrices and their rows."),
+    ] = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -79,16 +84,19 @@ def convert(
     if settings.needs_calibration:
         train = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
         data = DataConfig(train=train, window=window)
-    _convert(source, settings, data, output)
+    _convert(source, settings, data, output, workers)
 
 
-def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | None, output: Path) -> None:
+def _convert(
+    source: ModelConfig, settings: ConvertConfig, data: DataConfig | None, output: Path, workers: int | None
+) -> None:
     import torch
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
     from mbdist.convert import convert_model
+    from mbdist.convert.initialize import in_turn
     from mbdist.data.calibration import calibration_batches
     from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight, convertible_layers
@@ -107,7 +115,9 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
         calibration = calibration_batches(windows, settings.calibration_tokens)
     dtype = compute_dtype("auto", torch.device("cpu"))
     total = len(convertible_layers(model, settings.include, settings.exclude))
-    reports = list(track(convert_model(model, settings, calibration, dtype), "converting", total, console=console))
+    with contextlib.nullcontext(in_turn) if workers is None else _spread_over(workers) as spread:
+        found = convert_model(model, settings, calibration, dtype, spread)
+        reports = list(track(found, "converting", total, console=console))
     save_model(model, tokenizer, output)
     reconstructed = any(report.output_error is not None for report in reports)
     table = Table("layer", "out x in", "planes", "relative error", *(["error of its block's outputs"] * reconstructed))
@@ -126,3 +136,9 @@ def _convert(source: ModelConfig, settings: ConvertConfig, data: DataConfig | No
         f"{len(reports)} layers, {bits_per_weight(model):.3f} bits a weight (scales included), "
         f"mean relative error {mean:.4f}; all parameters {size / 2**20:,.0f} MiB; written to {output}"
     )
+
+
+def _spread_over(workers: int):
+    from mbdist_launch import spread_over  # starts Ray, which most conversions do without
+
+    return spread_over(workers)

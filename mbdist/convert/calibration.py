@@ -8,7 +8,7 @@ the float model, and those that the blocks converted so far make of the same tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -76,7 +76,7 @@ def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-def block_names(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+def block_names(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Names of the decoder blocks: the children of the module list that holds most of the layers."""
     best: list[str] = []
     held = 0
@@ -86,6 +86,15 @@ def block_names(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
             if inside > held:
                 best, held = [f"{name}.{i}" for i in range(len(module))], inside
     return best
+
+
+def layers_by_block(model: nn.Module, layers: Iterable[str]) -> list[list[str]]:
+    """Names of the layers block by block, in model order; those outside of any block come first."""
+    blocks = block_names(model, layers)
+    groups: dict[str | None, list[str]] = {block: [] for block in (None, *blocks)}
+    for name in layers:
+        groups[next((block for block in blocks if name.startswith(f"{block}.")), None)].append(name)
+    return [names for names in groups.values() if names]
 
 
 @dataclass
@@ -136,9 +145,14 @@ class BlockWalk:
         self.sequential = sequential
         self.follow_both = follow_both
         self.blocks = block_names(model, layers)
-        inside = {name: next((b for b in self.blocks if name.startswith(f"{b}.")), None) for name in layers}
-        self.outside = [name for name, block in inside.items() if block is None]
-        self.layers_of = {block: [n for n, b in inside.items() if b == block] for block in self.blocks}
+        self.outside: list[str] = []
+        self.layers_of: dict[str, list[str]] = {block: [] for block in self.blocks}
+        for names in layers_by_block(model, layers):
+            block = next((block for block in self.blocks if names[0].startswith(f"{block}.")), None)
+            if block is None:
+                self.outside = names
+            else:
+                self.layers_of[block] = names
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[BlockCalibration]:
@@ -161,17 +175,23 @@ class BlockWalk:
     def _moments_of(
         self, names: list[str], run: Callable[[], list[torch.Tensor]]
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """X^T X by layer while ``run`` runs, and what it returns."""
-        grams = {}
-        for name in names:
-            n = linear_shape(self.model.get_submodule(name))[1]
-            grams[name] = torch.zeros(n, n)
+        """X^T X by layer while ``run`` runs, and what it returns. Layers called with one tensor, as queries, keys and
+        values are, share one."""
+        grams: dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}  # by the first of the layers that share it
+        seen: tuple[torch.Tensor | None, str] = (None, "")
 
         def before_forward(name: str):
             def hook(_layer, inputs):
-                x = inputs[0].flatten(0, -2).float()
-                with torch.autocast("cpu", enabled=False):
-                    grams[name].addmm_(x.T, x)
+                nonlocal seen
+                if inputs[0] is not seen[0]:
+                    seen = (inputs[0], name)
+                    x = inputs[0].flatten(0, -2).float()
+                    if name not in sums:
+                        sums[name] = torch.zeros(x.shape[1], x.shape[1])
+                    with torch.autocast("cpu", enabled=False):
+                        sums[name].addmm_(x.T, x)
+                grams[name] = sums[seen[1]]
 
             return hook
 
@@ -181,7 +201,10 @@ class BlockWalk:
                 hooks.callback(layer.register_forward_pre_hook(before_forward(name)).remove)
             with _computing_in(self.dtype):
                 outputs = run()
-        return grams, outputs
+        for name in names:  # a layer that no token reached, an expert say
+            n = linear_shape(self.model.get_submodule(name))[1]
+            grams.setdefault(name, torch.zeros(n, n))
+        return {name: grams[name] for name in names}, outputs
 
     def _run_model(self) -> list[torch.Tensor]:
         for ids in self.batches:

@@ -16,72 +16,69 @@ import torch
 
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.svid import svid
-from mbdist_kernels import pack_signs
+from mbdist.convert.weighted_matrix import WeightedMatrix
+from mbdist_kernels import nearest_levels, pack_signs, signs_of_codes
 
 _SWEEPS = 10
-_CHUNK_ELEMENTS = 1 << 20  # rows worked on at a time: K sign matrices of this size are unpacked at once
 _RIDGE = 1e-6  # of the mean diagonal: planes with equal signs in a row would make the problem singular
 
 
 def joint(
-    weight: torch.Tensor,  # (m, n) float
+    weight: torch.Tensor | WeightedMatrix,  # (m, n)
     num_planes: int,
 ) -> PlaneSet:
     """``num_planes`` planes found together; the planes are ordered by scale, the largest first."""
-    weight = weight.float()
     found = svid(weight, num_planes)
     for _ in range(_SWEEPS):
         sweep(weight, found)
     return ordered_by_scale(found)
 
 
-def sweep(weight: torch.Tensor, found: PlaneSet) -> None:
+def sweep(
+    weight: torch.Tensor | WeightedMatrix,  # (m, n)
+    found: PlaneSet,
+) -> None:
     """One round of signs, s_out, s_in, in place. The error ||W - W_hat||^2 does not rise."""
     num_planes, n = found.scale_in.shape
     normal = torch.zeros(n, num_planes, num_planes)  # of the column problems, summed over chunks of rows
     right = torch.zeros(n, num_planes)
-    for rows in row_chunks(weight, _CHUNK_ELEMENTS):
-        part = weight[rows]
-        signs = nearest_signs(part, found.scale_out[:, rows], found.scale_in)  # (K, rows, n)
+    for rows, part in WeightedMatrix.of(weight).chunks():
+        codes = nearest_levels(part, found.scale_out[:, rows], found.scale_in)  # (rows, n)
+        signs = [signs_of_codes(codes, k).float() for k in range(num_planes)]
         for plane, sign in zip(found.planes, signs, strict=True):
             plane[rows] = pack_signs(sign)
-        basis = signs * found.scale_in[:, None, :]
-        scale_out = least_squares(
-            torch.einsum("kij,lij->ikl", basis, basis),
-            torch.einsum("kij,ij->ik", basis, part),
-            found.scale_out[:, rows].T,
-        )
-        found.scale_out[:, rows] = scale_out.T
-        basis = signs * scale_out.T[:, :, None]
-        normal += torch.einsum("kij,lij->jkl", basis, basis)
-        right += torch.einsum("kij,ij->jk", basis, part)
+        signed = [sign * part for sign in signs]  # B_k * W
+        agreement = {pair: signs[pair[0]] * signs[pair[1]] for pair in itertools.combinations(range(num_planes), 2)}
+        row_normal = normal_equations(found.scale_in, len(part), agreement)
+        row_right = right_sides(found.scale_in, signed)
+        scale_out = least_squares(row_normal, row_right, found.scale_out[:, rows].T).T.contiguous()
+        found.scale_out[:, rows] = scale_out
+        normal += normal_equations(scale_out, n, {pair: matrix.T for pair, matrix in agreement.items()})
+        right += right_sides(scale_out, [matrix.T for matrix in signed])
     found.scale_in.copy_(least_squares(normal, right, found.scale_in.T).T)
 
 
-def row_chunks(weight: torch.Tensor, elements: int) -> list[slice]:
-    """Slices of rows of at most so many elements."""
-    m, n = weight.shape
-    step = max(1, elements // n)
-    return [slice(first, min(first + step, m)) for first in range(0, m, step)]
-
-
-def nearest_signs(
-    weight: torch.Tensor,  # (rows, n)
-    scale_out: torch.Tensor,  # (K, rows)
-    scale_in: torch.Tensor,  # (K, n)
+def normal_equations(
+    scales: torch.Tensor,  # (K, n) of the other side, which stay
+    m: int,
+    agreement: dict[tuple[int, int], torch.Tensor],  # (m, n) by pair of planes k < l: B_k * B_l
 ) -> torch.Tensor:
-    """Signs (K, rows, n) of the level nearest to every element; of equally near ones the first."""
-    magnitudes = scale_out[:, :, None] * scale_in[:, None, :]
-    best = torch.full_like(weight, torch.inf)
-    signs = torch.ones_like(magnitudes)
-    for pattern in itertools.product((1.0, -1.0), repeat=len(magnitudes)):
-        level = sum(sign * magnitude for sign, magnitude in zip(pattern, magnitudes, strict=True))
-        distance = (weight - level).abs_()
-        nearer = distance < best
-        best = torch.where(nearer, distance, best)
-        for k, sign in enumerate(pattern):
-            signs[k].masked_fill_(nearer, sign)
-    return signs
+    """sum_j B_k B_l s_k s_l of every row: (m, K, K)."""
+    num_planes = len(scales)
+    normal = torch.empty(m, num_planes, num_planes)
+    for k in range(num_planes):
+        normal[:, k, k] = scales[k].square().sum()
+    for (k, other), agrees in agreement.items():
+        normal[:, k, other] = normal[:, other, k] = agrees @ (scales[k] * scales[other])
+    return normal
+
+
+def right_sides(
+    scales: torch.Tensor,  # (K, n) of the other side, which stay
+    signed: list[torch.Tensor],  # K matrices (m, n): B_k * W
+) -> torch.Tensor:
+    """sum_j B_k s_k W of every row: (m, K)."""
+    return torch.stack([matrix @ scale for matrix, scale in zip(signed, scales, strict=True)], dim=1)
 
 
 def least_squares(

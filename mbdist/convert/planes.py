@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mbdist.convert.weighted_matrix import WeightedMatrix
 from mbdist_kernels import dequantize
 
 
@@ -19,6 +20,10 @@ class PlaneSet:
 
     def relative_error(self, weight: torch.Tensor) -> float:
         """||W - W_hat||^2 / ||W||^2 of the matrix (m, n) that this stands for."""
-        weight = weight.float()
-        difference = weight - dequantize(self.planes, self.scale_out, self.scale_in)
-        return (difference.square().sum() / weight.square().sum().clamp_min(1e-30)).item()
+        error = power = 0.0
+        for rows, part in WeightedMatrix.of(weight).chunks():
+            planes = [plane[rows] for plane in self.planes]
+            difference = part - dequantize(planes, self.scale_out[:, rows].contiguous(), self.scale_in)
+            error += difference.square().sum(dtype=torch.float64).item()
+            power += part.square().sum(dtype=torch.float64).item()
+        return error / max(power, 1e-30)

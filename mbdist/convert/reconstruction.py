@@ -20,6 +20,7 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig, FloatOptimizerConfig, ReconstructionConfig
 from mbdist.convert.calibration import BlockCalibration
+from mbdist.convert.refit import refit_output_scales
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
@@ -52,20 +53,27 @@ def reconstruct(
     groups = parameter_groups(scales.items(), FloatOptimizerConfig(lr=config.lr))
     rates = [group["lr"] for group in groups]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    refit_gradients = [torch.zeros_like(layer.scale_out) for layer in layers.values()]  # summed since the last refit
     order = torch.Generator().manual_seed(0)
     numbers: list[int] = []
     for step in range(config.steps):
         numbers = numbers or torch.randperm(len(block.inputs), generator=order).tolist()
-        number = numbers.pop()
-        loss = _negative_log_likelihood(block.forward(number, block.inputs[number]), block.targets[number])
+        batch = numbers.pop()
+        loss = _negative_log_likelihood(block.forward(batch, block.inputs[batch]), block.targets[batch])
         loss.backward(inputs=list(scales.values()))  # norms and biases stay as they are
         bits.finish_micro_batch()
         if bits.all_finite(loss):
             bits.step()
+            for sums, layer in zip(refit_gradients, layers.values(), strict=True):
+                sums += layer.scale_out.grad
             schedule = warmup_cosine(step, config.steps, 0.05)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * schedule
             adamw.step()
+            if config.refit_every and (step + 1) % config.refit_every == 0:
+                for number, (sums, layer) in enumerate(zip(refit_gradients, layers.values(), strict=True)):
+                    refit_output_scales(layer, sums / config.refit_every, *bits.curvature.of(number))
+                    sums.zero_()
         else:
             bits.skip()
         adamw.zero_grad(set_to_none=True)

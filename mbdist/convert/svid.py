@@ -11,52 +11,86 @@ from collections.abc import Iterator
 import torch
 
 from mbdist.convert.planes import PlaneSet
-from mbdist_kernels import pack_signs
+from mbdist.convert.weighted_matrix import WeightedMatrix, row_chunks
+from mbdist_kernels import dequantize, pack_signs, words_per_row
 
 _POWER_ITERATIONS = 12
 
 
-def rank_one_magnitude(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(u (m,), v (n,)), u v^T the best rank-1 approximation of a nonnegative matrix; its norm is shared evenly."""
-    v = magnitude.mean(0)
-    u = magnitude @ v
-    for _ in range(_POWER_ITERATIONS):
-        u = magnitude @ v
-        u = u / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
-        v = magnitude.T @ u
-    norm = v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-    return u * norm.sqrt(), v / norm.sqrt()
-
-
 def svid(
-    weight: torch.Tensor,  # (m, n) float
+    weight: torch.Tensor | WeightedMatrix,  # (m, n)
     num_planes: int,
 ) -> PlaneSet:
     """``num_planes`` planes by successive extraction."""
-    planes, scales_out, scales_in = [], [], []
-    for signs_of, u, v in _extract(weight, num_planes):
-        planes.append(pack_signs(signs_of))
-        scales_out.append(u)
-        scales_in.append(v)
-    return PlaneSet(planes, torch.stack(scales_out), torch.stack(scales_in))
+    found, _ = _extract(WeightedMatrix.of(weight), num_planes)
+    return found
 
 
 def successive_residuals(
-    weight: torch.Tensor,  # (m, n) float
+    weight: torch.Tensor | WeightedMatrix,  # (m, n)
     num_planes: int,
 ) -> list[float]:
     """Norm of what 1, 2, .., num_planes planes leave: ||R - B * u v^T||^2 = ||R||^2 - ||u v^T||^2 at the best u v^T."""
-    residuals = []
-    for before, u, v in _extract(weight, num_planes):
-        left = before.square().sum() - (u.square().sum() * v.square().sum())
-        residuals.append(left.clamp_min(0).sqrt().item())
-    return residuals
+    found, energies = _extract(WeightedMatrix.of(weight), num_planes)
+    taken = found.scale_out.double().square().sum(1) * found.scale_in.double().square().sum(1)
+    return [max(0.0, before - explained) ** 0.5 for before, explained in zip(energies, taken.tolist(), strict=True)]
 
 
-def _extract(weight: torch.Tensor, num_planes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(residual before the plane, whose signs are the plane; u; v), plane by plane."""
-    residual = weight.float().clone()
-    for _ in range(num_planes):
-        u, v = rank_one_magnitude(residual.abs())
-        yield residual, u, v
-        residual -= torch.where(residual < 0, -1.0, 1.0) * torch.outer(u, v)
+def _extract(matrix: WeightedMatrix, num_planes: int) -> tuple[PlaneSet, list[float]]:
+    """The planes, and ||R||^2 before each."""
+    m, n = matrix.shape
+    found = PlaneSet(
+        [torch.zeros(m, words_per_row(n), dtype=torch.int32) for _ in range(num_planes)],
+        torch.zeros(num_planes, m),
+        torch.zeros(num_planes, n),
+    )
+    energies = []
+    for k in range(num_planes):
+        residual = _Residual(matrix, found, k)
+        _rank_one_magnitude(residual, found.scale_out[k], found.scale_in[k])
+        energy = 0.0
+        for rows, left in residual.chunks():
+            found.planes[k][rows] = pack_signs(left)
+            energy += left.square().sum(dtype=torch.float64).item()
+        energies.append(energy)
+    return found, energies
+
+
+class _Residual:
+    """What the first planes leave of a matrix. Small enough, it is kept; else it is made anew for every pass."""
+
+    def __init__(self, matrix: WeightedMatrix, found: PlaneSet, planes: int):
+        self.matrix, self.found, self.planes = matrix, found, planes
+        self.kept = list(self._made()) if len(row_chunks(matrix.shape)) == 1 else None
+
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        return iter(self.kept) if self.kept is not None else self._made()
+
+    def _made(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        for rows, part in self.matrix.chunks():
+            if self.planes:
+                planes = [plane[rows] for plane in self.found.planes[: self.planes]]
+                scale_out = self.found.scale_out[: self.planes, rows].contiguous()
+                part = part - dequantize(planes, scale_out, self.found.scale_in[: self.planes])
+            yield rows, part
+
+
+def _rank_one_magnitude(residual: _Residual, u: torch.Tensor, v: torch.Tensor) -> None:
+    """Write u (m,) and v (n,), u v^T the best rank-1 approximation of |R|; its norm is shared evenly."""
+    v.zero_()
+    for _, left in residual.chunks():
+        v += left.abs().sum(0)
+    v /= len(u)
+    tiny = torch.finfo(v.dtype).tiny
+    for _ in range(_POWER_ITERATIONS):
+        onward = torch.zeros_like(v)
+        for rows, left in residual.chunks():
+            magnitude = left.abs()
+            u[rows] = magnitude @ v
+            onward += magnitude.T @ u[rows]
+        norm = u.norm().clamp_min(tiny)
+        u /= norm
+        torch.div(onward, norm, out=v)
+    norm = v.norm().clamp_min(tiny)
+    u *= norm.sqrt()
+    v /= norm.sqrt()

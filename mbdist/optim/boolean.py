@@ -18,6 +18,7 @@ World size 1 runs the same code. Source of the rule: BOLD (arXiv 2405.16339, alg
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -192,7 +193,10 @@ class BooleanOptimizer:
         if self.config.planes == "levels":
             scale_out, scale_in = scale_out.abs(), scale_in.abs()
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
-        return Signal(row * (entry.step_size / self.gradient_scale), column, flat[:used].view(layer.out_features, -1))
+        eta = entry.step_size
+        if self.config.signal == "evidence":
+            eta /= math.sqrt(self.curvature.steps)  # with the decay below: the sum of t steps over sqrt(t)
+        return Signal(row * (eta / self.gradient_scale), column, flat[:used].view(layer.out_features, -1))
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
@@ -297,12 +301,19 @@ class BooleanOptimizer:
         for entry, cap, (found, flips, back) in zip(self.accumulated, caps, totals, strict=True):
             if self.config.adapt_step_size and cap > 0:
                 entry.step_size = adapted(entry.step_size, found / cap, self.config.step_size)
-            entry.beta_q15 = round(self.config.decay * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
+            entry.beta_q15 = round(self._decay() * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
             report.candidates[entry.name], report.flips[entry.name], report.flipped_back[entry.name] = (
                 found,
                 flips,
                 back,
             )
+
+    def _decay(self) -> float:
+        """What the next step keeps of an accumulator. ``evidence``: M is sum_t r_t / sqrt(t), r the signal in standard
+        errors of one step, so M itself is in standard errors of the sum."""
+        if self.config.signal != "evidence":
+            return self.config.decay
+        return self.config.decay * math.sqrt(self.curvature.steps / (self.curvature.steps + 1))
 
     def _predict(self, chosen: list[Candidates], report: FlipReport) -> None:
         """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by

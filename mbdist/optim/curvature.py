@@ -62,21 +62,26 @@ class Curvature:
         self.steps += 1
         self.discard()
 
+    def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(r (m,), c (n,)) with h = outer(r, c), as smoothed so far."""
+        return self._smoothed_views[2 * index], self._smoothed_views[2 * index + 1]
+
     def factors(
         self,
         index: int,
         scale_out: torch.Tensor,  # (m,) of the plane that gives the unit
         scale_in: torch.Tensor,  # (n,)
-        signal: Literal["curvature", "rms", "raw"],
+        signal: Literal["curvature", "evidence", "rms", "raw"],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_factor (m,), column_factor (n,)) with G * outer = q / (s^2 h), q / (s sqrt(h / T)) or q.
+        """(row_factor (m,), column_factor (n,)) with G * outer = q / (s^2 h), q / (s sqrt(h / T)) (``evidence`` and
+        ``rms``) or q.
 
         The second is q over its root mean square as estimated from the factors: for a mean over T tokens with
         independent signs the variance of G is h / T."""
         if signal == "raw":
             return scale_out, scale_in
-        rows, columns = _floored(self._smoothed_views[2 * index]), _floored(self._smoothed_views[2 * index + 1])
-        if signal == "rms":
+        rows, columns = map(_floored, self.of(index))
+        if signal in ("evidence", "rms"):
             tokens = self.smoothed_tokens**0.5
             return _sign(scale_out) * tokens / rows.sqrt(), _sign(scale_in) / columns.sqrt()
         return 1.0 / (_floored(scale_out) * rows), 1.0 / (_floored(scale_in) * columns)
@@ -85,5 +90,5 @@ class Curvature:
         self, index: int, scale_out: torch.Tensor, scale_in: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(row (m,), column (n,)) vectors with s^2 h = outer(row, column)."""
-        rows, columns = self._smoothed_views[2 * index], self._smoothed_views[2 * index + 1]
-        return _floored(scale_out).square() * _floored(rows), _floored(scale_in).square() * _floored(columns)
+        rows, columns = map(_floored, self.of(index))
+        return _floored(scale_out).square() * rows, _floored(scale_in).square() * columns

@@ -14,6 +14,8 @@ from torch.nn import functional
 from mbdist.comm.communicator import Communicator
 from mbdist.data.batches import fetch
 
+_CHUNK_BYTES = 8 << 20  # of fp32 logits worked on at a time
+
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # (batch, window) int64 -> (batch, window, V)
 
 
@@ -72,14 +74,19 @@ def _sums(
     input_ids: torch.Tensor,
     learned: torch.Tensor,
 ) -> torch.Tensor:
-    """(targets, nll, kl, agreements), fp64, one sequence at a time: fp32 logits of a batch would not stay in cache."""
+    """(targets, nll, kl, agreements), fp64, a few tokens at a time: fp32 logits of more would not stay in cache."""
     sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
-    for row, is_target in enumerate(learned[:, 1:]):
-        log_p = logits[row, :-1][is_target].float().log_softmax(-1)
-        sums[0] += is_target.sum()
-        sums[1] += functional.nll_loss(log_p, input_ids[row, 1:][is_target], reduction="none").double().sum()
-        if taught is not None:
-            log_q = taught[row, :-1][is_target].float().log_softmax(-1)
-            sums[2] += functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum()
-            sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    rows = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    for sequence, is_target in enumerate(learned[:, 1:]):
+        positions = is_target.nonzero()[:, 0]
+        targets = input_ids[sequence, 1:][positions]
+        sums[0] += len(positions)
+        for chunk in torch.arange(len(positions), device=positions.device).split(rows):
+            at = positions[chunk]
+            log_p = logits[sequence, at].float().log_softmax(-1)
+            sums[1] -= log_p.gather(-1, targets[chunk, None]).double().sum()
+            if taught is not None:
+                log_q = taught[sequence, at].float().log_softmax(-1)
+                sums[2] += functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum()
+                sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
     return sums

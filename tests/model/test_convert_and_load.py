@@ -13,23 +13,30 @@ from transformers import AutoModelForCausalLM
 from mbdist.config.schema import ConvertConfig, ModelConfig, ReconstructionConfig
 from mbdist.convert import convert_model
 from mbdist.convert.allocation import allocate, plane_bits
-from mbdist.convert.calibrated import calibrated
 from mbdist.convert.calibration import BlockWalk, LayerMoments, block_names, squared_moments
-from mbdist.convert.joint import joint, nearest_signs, sweep
-from mbdist.convert.svid import rank_one_magnitude, successive_residuals, svid
+from mbdist.convert.convert import layer_from
+from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
+from mbdist.convert.joint import joint, sweep
+from mbdist.convert.refit import refit_output_scales
+from mbdist.convert.svid import successive_residuals, svid
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
 from mbdist.model.loading import is_multi_boolean, load_model
 from mbdist.model.saving import replaced_folder, save_model
-from mbdist_kernels import dequantize, popcount
+from mbdist_kernels import dequantize, popcount, unpack_signs
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
 
-def test_rank_one_magnitude_is_the_best_rank_one():
+def calibrated(weight, num_planes, moments):
+    return INITIALIZATIONS["calibrated"]([Matrix(weight, num_planes, moments)], in_turn)[0]
+
+
+def test_svid_of_a_positive_matrix_is_the_best_rank_one():
     magnitude = torch.rand(40, 30)
-    u, v = rank_one_magnitude(magnitude)
+    found = svid(magnitude, 1)
+    u, v = found.scale_out[0], found.scale_in[0]
     best = torch.linalg.svdvals(magnitude)
     error = (magnitude - torch.outer(u, v)).square().sum()
     torch.testing.assert_close(error, best[1:].square().sum(), rtol=1e-3, atol=1e-4)
@@ -53,7 +60,7 @@ def test_no_part_of_a_joint_sweep_raises_the_error(monkeypatch, num_planes):
     found = svid(weight, num_planes)
     errors = [found.relative_error(weight)]
     for chunk in (1 << 20, 700, 700, 1 << 20):  # whole, and in chunks of ten rows
-        monkeypatch.setattr("mbdist.convert.joint._CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("mbdist.convert.weighted_matrix._CHUNK_ELEMENTS", chunk)
         sweep(weight, found)
         errors.append(found.relative_error(weight))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors)), errors
@@ -68,15 +75,6 @@ def test_joint_extraction_of_gaussian_weights():
         assert found.relative_error(weight) == pytest.approx(expected, rel=0.06)
         size = found.scale_out.abs().mean(1) * found.scale_in.abs().mean(1)
         assert (size[:-1] >= size[1:]).all(), "largest scale first"
-
-
-def test_nearest_signs_is_exhaustive_search():
-    weight, scale_out, scale_in = torch.randn(5, 9), torch.rand(3, 5), torch.rand(3, 9)
-    signs = nearest_signs(weight, scale_out, scale_in)
-    level = torch.einsum("kij,ki,kj->ij", signs, scale_out, scale_in)
-    for pattern in itertools.product((1, -1), repeat=3):
-        other = torch.einsum("k,ki,kj->ij", torch.tensor(pattern, dtype=torch.float32), scale_out, scale_in)
-        assert ((weight - level).abs() <= (weight - other).abs() + 1e-6).all()
 
 
 def test_joint_of_a_zero_matrix_is_finite():
@@ -106,7 +104,7 @@ def test_calibrated_works_on_a_few_rows_at_a_time(monkeypatch):
     weight = torch.randn(64, 96)
     moments = LayerMoments(x.square().sum(0), torch.rand(64) + 0.1, x.T @ x)
     whole = calibrated(weight, 2, moments)
-    monkeypatch.setattr("mbdist.convert.calibrated._CHUNK_ELEMENTS", 7 * 96)
+    monkeypatch.setattr("mbdist.convert.weighted_matrix._CHUNK_ELEMENTS", 7 * 96)
     parts = calibrated(weight, 2, moments)
     differing = sum(popcount(a ^ b) for a, b in zip(whole.planes, parts.planes, strict=True))
     assert differing < 0.001 * 2 * weight.numel(), "sums of other shapes may round otherwise, no more"
@@ -119,6 +117,28 @@ def test_calibrated_survives_inputs_that_are_never_active():
     for squares in (gram, torch.zeros(40, 40)):
         found = calibrated(torch.randn(8, 40), 2, LayerMoments(squares.diagonal(), torch.zeros(8), squares))
         assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
+
+
+def test_refits_go_to_the_minimum_of_the_quadratic_model():
+    """There the refit is exact but for its damping: every one takes the gradient down, several to 0."""
+    torch.manual_seed(0)
+    layer = layer_from(joint(torch.randn(20, 70), 2), None)
+    rows, columns = torch.rand(20) + 0.1, torch.rand(70) + 0.1
+    target = torch.randn(20, 70)
+    signs = torch.stack([unpack_signs(plane, 70) for plane in layer.planes])
+
+    def gradient():
+        layer.scale_out.grad = None
+        weight = (signs * layer.scale_out[:, :, None] * layer.scale_in[:, None, :].detach()).sum(0)
+        (0.5 * ((weight - target).square() * rows[:, None] * columns).sum()).backward()
+        return layer.scale_out.grad
+
+    norms = [gradient().norm().item()]
+    for _ in range(8):
+        refit_output_scales(layer, layer.scale_out.grad, rows, columns)
+        norms.append(gradient().norm().item())
+    assert all(after < 0.3 * before for before, after in itertools.pairwise(norms[:4])), norms
+    assert norms[-1] < 1e-3 * norms[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])

@@ -15,7 +15,7 @@ from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
 from mbdist.optim.boolean import adapted
-from mbdist_kernels import pack_signs, unpack_signs
+from mbdist_kernels import pack_signs, popcount, unpack_signs
 
 SHAPES = {"a": (5, 33), "b": (40, 64), "tiny": (1, 3)}  # the last: fewer words than ranks
 CONTRIBUTIONS = 12  # micro-batches of a step over all ranks: divisible by 1, 2, 3 and 4 ranks
@@ -275,3 +275,43 @@ def test_the_step_size_keeps_a_few_candidates_for_every_move():
     assert max(crowding[:10]) > 6 and max(crowding[-10:]) < 5, crowding
     assert optimizer.accumulated[0].step_size < 25
     assert adapted(1.0, 3.0, 1.0) == 1.0 == adapted(0.95, 0.0, 1.0)
+
+
+def flips_of_steady_and_noisy_signals(signal, steps, drift, **settings):
+    """Share of a plane that flipped in so many steps; the gradient's mean has the sign of the first bits, so that all
+    should flip, and is so much of the noise's standard deviation a token."""
+    m, n, tokens = 32, 64, 64
+    layer = MultiBooleanLinear(n, m, 1, bias=False)
+    layer.planes[0].data = pack_signs(torch.randn(m, n))
+    before = layer.planes[0].data.clone()
+    settings = {"max_flip_rate": 1.0, "warmup_fraction": 0.0, "planes": "last", "signal": signal, **settings}
+    optimizer = BooleanOptimizer(
+        {"layer": layer},
+        BooleanOptimizerConfig(**settings),
+        CommConfig(),
+        Communicator(60, alone=True),
+        10**6,
+        1,
+        seed=0,
+    )
+    optimizer.store = store_of(optimizer)
+    wanted = unpack_signs(before, n)
+    for _ in range(steps):
+        x = torch.randn(tokens, n)
+        layer(x).backward((torch.randn(tokens, m) + drift * x @ wanted.T) / tokens)
+        optimizer.finish_micro_batch()
+        optimizer.all_finite(torch.zeros(()))
+        optimizer.step()
+    return popcount(before ^ layer.planes[0].data) / (m * n)
+
+
+def test_evidence_is_never_filled_up_by_noise():
+    """At 5 standard errors noise flips next to nothing in any number of steps; votes without decay fill up."""
+    torch.manual_seed(0)
+    assert flips_of_steady_and_noisy_signals("evidence", 120, 0, step_size=0.2) < 1e-3
+    assert flips_of_steady_and_noisy_signals("curvature", 120, 0, step_size=8.0) > 0.1
+
+
+def test_a_steady_signal_is_found_by_evidence():
+    torch.manual_seed(0)
+    assert flips_of_steady_and_noisy_signals("evidence", 100, 0.2, step_size=0.2) > 0.75

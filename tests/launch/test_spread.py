@@ -1,0 +1,42 @@
+"""A conversion spread over Ray workers."""
+
+import subprocess
+
+import pytest
+import torch
+
+from mbdist.config.schema import ModelConfig
+from mbdist.convert.calibration import LayerMoments
+from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
+from mbdist.model.hashing import hash_planes
+from mbdist.model.loading import load_model
+from mbdist_launch import spread_over
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["svid", "joint", "calibrated"])
+def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init, monkeypatch):
+    monkeypatch.setattr("mbdist.convert.weighted_matrix._CHUNK_ELEMENTS", 1 << 14)  # several jobs a matrix
+    torch.manual_seed(0)
+    inputs = torch.randn(400, 256) * torch.rand(256).exp()
+    gram = inputs.T @ inputs  # shared by two layers
+    matrices = [
+        Matrix(torch.randn(m, 256), planes, LayerMoments(gram.diagonal(), torch.rand(m) + 0.1, gram))
+        for m, planes in ((300, 2), (96, 3))
+    ]
+    alone = INITIALIZATIONS[init](matrices, in_turn)
+    with spread_over(2) as spread:
+        shared = INITIALIZATIONS[init](matrices, spread)
+    for one, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.planes, other.planes, strict=True))
+        assert torch.equal(one.scale_out, other.scale_out) and torch.equal(one.scale_in, other.scale_in)
+
+
+@pytest.mark.slow
+def test_convert_with_workers_writes_the_same_model(tmp_path, llama_folder):
+    hashes = set()
+    for name, extra in (("one", []), ("two", ["--workers", "2"])):
+        command = ["mbdist", "convert", llama_folder, tmp_path / name, "--init", "calibrated", "--python-docs"]
+        subprocess.run([*command, "--window", "32", "--calibration-tokens", "512", *extra], check=True, timeout=300)
+        hashes.add(hash_planes(load_model(ModelConfig(path=str(tmp_path / name)))))
+    assert len(hashes) == 1
