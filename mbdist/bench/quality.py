@@ -28,31 +28,10 @@ from mbdist.bench.quality_rows import (
     measure_run,
     measure_straight_through,
 )
-from mbdist.config import RunConfig
+from mbdist.config import RunConfig, load_config
 
 _FORMAT = 1  # of a row; part of its key
-_PAPER = {  # configs/paper.yaml, as changes
-    "convert.init": "svid",
-    "boolean.planes": "last",
-    "boolean.signal": "raw",
-    "boolean.step_size": 5e-3,
-    "boolean.max_step": 1.0,
-    "boolean.max_flip_rate": 1.0,
-    "boolean.warmup_fraction": 0.0,
-    "boolean.guard": 0.0,
-    "boolean.adapt_step_size": False,
-    "boolean.decay": 1.0,
-    "floats.lr": 2e-5,
-    "floats.also_train_lr": 2e-5,
-    "floats.relative_lr": False,
-    "floats.also_train": ["*norm*", "*embed*"],
-    "floats.warmup_fraction": 0.03,
-    "loss.kl_reduction": "batchmean",
-    "loss.kl_weight": 1.0,
-    "loss.cross_entropy_weight": 0.0,
-    "loss.hidden": "mse",
-    "loss.hidden_weight": 10.0,
-}
+_PAPER = "configs/paper.yaml"
 
 
 @dataclass(frozen=True)
@@ -110,9 +89,17 @@ def _start_rows(_config: RunConfig) -> Iterator[Row]:
             yield Row("start", f"GPTQ, g{group}", measure_gptq, {}, (bits, group))
 
 
+def _paper() -> dict:
+    """The published recipe, as changes."""
+    paper = load_config(_PAPER, [])
+    sections = {name: getattr(paper, name).model_dump() for name in ("boolean", "floats", "loss")}
+    return {**sections, "convert.init": paper.convert.init}
+
+
 def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
     # Reconstruction goes over tokens too: a row without it gets as many more steps, and so does the float model.
     longer = {"train.steps": config.train.steps + config.convert.reconstruction.steps}
+    paper = _paper()
     yield Row("finetuned", "float", measure_finetuned_float, longer)
     for planes in (2, 3):
         at = {"convert.planes": planes}
@@ -120,7 +107,7 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
         yield Row("finetuned", "scales only", measure_run, {**at, **_SCALES_ONLY})
         latents = {**at, "convert.reconstruction.step_size": 0.0}
         yield Row("finetuned", "straight-through latents", measure_straight_through, latents)
-        yield Row("finetuned", "paper", measure_run, {**at, **_PAPER, **longer})
+        yield Row("finetuned", "paper", measure_run, {**at, **paper, **longer})
 
 
 def _ablation_rows(config: RunConfig) -> Iterator[Row]:

@@ -17,6 +17,8 @@ from mbdist.config.schema import (
 )
 from mbdist.errors import UserError
 
+_DEFAULTS = ConvertConfig()
+
 
 def convert(
     model: ModelPath,
@@ -32,11 +34,15 @@ def convert(
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text to calibrate on, file or pattern; repeatable.")] = None,
     python_docs: Annotated[bool, typer.Option("--python-docs", help="Calibrate on Python's documentation.")] = False,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 32768,
-    sequential: Annotated[bool, typer.Option(help="Later blocks see the converted earlier ones.")] = True,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = (
+        _DEFAULTS.calibration_tokens
+    ),
+    sequential: Annotated[
+        bool, typer.Option(help="X^T X of later blocks is that of what the converted earlier ones put out.")
+    ] = _DEFAULTS.sequential,
     reconstruction_steps: Annotated[
         int, typer.Option(min=0, help="With calibrated: steps in which a block's bits learn its outputs.")
-    ] = ReconstructionConfig().steps,
+    ] = _DEFAULTS.reconstruction.steps,
     window: Annotated[int, typer.Option(min=8, help="Tokens a calibration window.")] = 512,
     workers: Annotated[
         int | None,

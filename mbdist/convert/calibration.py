@@ -162,13 +162,15 @@ class BlockWalk:
         calls = self._calls() if self.blocks else {}
         float_states = [call.hidden_states for call in calls[self.blocks[0]]] if calls else []
         states = float_states
-        for block in self.blocks:
+        needed = max((i for i, block in enumerate(self.blocks) if self.layers_of[block]), default=-1) + 1
+        for block in self.blocks[:needed]:
             names, run = self.layers_of[block], partial(self._run, block, calls[block])
             grams, float_outputs = self._moments_of(names, partial(run, states if self.sequential else float_states))
             if self.sequential and self.follow_both:
                 float_outputs = run(float_states)
             found = BlockCalibration(names, grams, states, float_outputs, partial(self._call, block, calls[block]))
-            yield found
+            if names:
+                yield found
             states = found.outputs if self.sequential or self.follow_both else float_outputs
             float_states = float_outputs if self.follow_both else states
 
@@ -208,7 +210,7 @@ class BlockWalk:
 
     def _run_model(self) -> list[torch.Tensor]:
         for ids in self.batches:
-            self.model(ids, use_cache=False)
+            self.model.base_model(ids, use_cache=False)  # without the head: no layer of it is converted
         return []
 
     def _call(self, block: str, calls: list[_BlockCall], number: int, states: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,22 @@ def test_compared_rows_see_the_same_number_of_tokens():
 
 
 def test_the_paper_row_is_the_paper_config():
-    paper, row = (
-        load_config("configs/paper.yaml", []),
-        quality.changed_config(load_config("configs/quality.yaml", []), quality._PAPER),
-    )
-    assert (paper.boolean, paper.floats, paper.loss) == (row.boolean, row.floats, row.loss)
-    assert paper.convert.init == row.convert.init
+    config, paper = load_config("configs/quality.yaml", []), load_config("configs/paper.yaml", [])
+    row = next(row for row in quality.GROUPS["finetuned"](config) if row.name == "paper")
+    changed = quality.changed_config(config, row.changes)
+    assert (paper.boolean, paper.floats, paper.loss) == (changed.boolean, changed.floats, changed.loss)
+    assert paper.convert.init == changed.convert.init and changed.convert.planes == 2
+
+
+def test_a_row_is_measured_again_where_what_it_depends_on_changes():
+    config = load_config("configs/quality.yaml", [])
+    floats = load_config("configs/quality.yaml", ["floats.lr=0.5"])
+    reconstruction = load_config("configs/quality.yaml", ["convert.reconstruction.steps=7"])
+    rows = {(row.name, str(row.changes)): row for row in quality.GROUPS["start"](config)}
+    trained = next(row for row in quality.GROUPS["finetuned"](config) if row.name == "scales and bits")
+    for (name, _), row in rows.items():
+        keys = [row.depends_on(quality.changed_config(c, row.changes)) for c in (config, floats, reconstruction)]
+        assert keys[0] == keys[1], "nothing is trained"
+        assert (keys[0] == keys[2]) == (name in ("float", "calibrated") or name.startswith("round")), name
+    keys = [trained.depends_on(quality.changed_config(c, trained.changes)) for c in (config, floats)]
+    assert keys[0] != keys[1]

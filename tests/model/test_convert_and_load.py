@@ -200,6 +200,17 @@ def test_calibrated_conversion_of_a_model_is_deterministic():
     assert len(hashes) == 1
 
 
+@pytest.mark.parametrize("include", ["*.0.*", "*.2.*"])
+def test_blocks_without_layers_to_convert_stay_float(include):
+    ids = torch.randint(0, models.VOCABULARY, (4, 16))
+    model = models.small_model(layers=3)
+    config = ConvertConfig(init="calibrated", include=[include], reconstruction=ReconstructionConfig(steps=2))
+    reports = list(convert_model(model, config, list(ids.split(2))))
+    converted = [name for name, _ in boolean_layers(model)]
+    assert [report.name for report in reports] == converted
+    assert converted == list(convertible_layers(models.small_model(layers=3), [include]))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_block_walk_gives_the_states_of_both_streams(architecture, sequential):
