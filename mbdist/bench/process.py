@@ -13,7 +13,7 @@ from mbdist.config import RunConfig
 from mbdist.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from mbdist.optim import BooleanOptimizer
+    from mbdist.optim import OptimizerOfBits
     from mbdist.train.trainer import Trainer
 
 
@@ -52,8 +52,9 @@ def _report(measure: Callable[..., dict], config: RunConfig, arguments: tuple, s
     send.send(result)
 
 
-def one_process_trainer(config: RunConfig, optimizer: type[BooleanOptimizer] | None = None) -> Trainer:
-    """Convert unless that is done already, and set up everything that a step needs, on one rank."""
+def one_process_trainer(config: RunConfig, optimizer: OptimizerOfBits | None = None) -> Trainer:
+    """Convert unless that is done already, and set up everything that a step needs, on one rank. An ``optimizer`` of
+    bits other than ours serves the conversion too."""
     from mbdist.comm.communicator import Communicator
     from mbdist.optim import BooleanOptimizer
     from mbdist.train.environment import set_up_worker
@@ -64,5 +65,6 @@ def one_process_trainer(config: RunConfig, optimizer: type[BooleanOptimizer] | N
     device = set_up_worker(config)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
-    prepare(config, metrics)
-    return Trainer(config, device, Communicator(config.comm.timeout_s), metrics, optimizer or BooleanOptimizer)
+    optimizer = optimizer or BooleanOptimizer
+    prepare(config, metrics, optimizer)
+    return Trainer(config, device, Communicator(config.comm.timeout_s), metrics, optimizer)

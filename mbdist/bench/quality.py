@@ -105,8 +105,7 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
         at = {"convert.planes": planes}
         yield Row("finetuned", "scales and bits", measure_run, at)
         yield Row("finetuned", "scales only", measure_run, {**at, **_SCALES_ONLY})
-        latents = {**at, "convert.reconstruction.step_size": 0.0}
-        yield Row("finetuned", "straight-through latents", measure_straight_through, latents)
+        yield Row("finetuned", "straight-through latents", measure_straight_through, at)
         yield Row("finetuned", "paper", measure_run, {**at, **paper, **longer})
 
 
@@ -124,8 +123,10 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
     for init in ("svid", "joint"):
         yield row(f"init {init}", {"convert.init": init})
         yield row(f"init {init}, scales only", {"convert.init": init, **_SCALES_ONLY})
-    for signal in ("raw", "rms"):
-        yield row(f"signal {signal}", {"boolean.signal": signal})
+    for signal, step_size in (("curvature", 0.05), ("rms", 0.05), ("raw", 5e-3)):
+        yield row(f"signal {signal}", {"boolean.signal": signal, "boolean.step_size": step_size})
+    for errors in (3, 4):
+        yield row(f"evidence of {errors} standard errors", {"boolean.step_size": 1 / errors})
     for cap in (1e-4, 1e-3):
         yield row(f"cap {cap:g}", {"boolean.max_flip_rate": cap})
     for limit in (0.0625, 0.25):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,15 +28,15 @@ def measure_run(config: RunConfig) -> dict:
 
 
 def measure_straight_through(config: RunConfig) -> dict:
-    """The same with latent weights of the last plane, a straight-through estimator and AdamW."""
+    """The same with latent weights of the last plane, a straight-through estimator and AdamW, in the reconstruction of
+    blocks and in finetuning."""
     from mbdist.bench.straight_through import StraightThrough
-    from mbdist.model.layers import linear_weight
+    from mbdist.model.layers import convertible_layers, linear_weight
 
-    trainer = one_process_trainer(config, StraightThrough)
-    names = set(trainer.boolean.layers)
-    layers = {name: module for name, module in _load_float(config).named_modules() if name in names}
-    trainer.boolean.start_from({name: linear_weight(layer) for name, layer in layers.items()})
-    return _finetune(config, trainer)
+    layers = convertible_layers(_load_float(config), config.convert.include, config.convert.exclude)
+    weights = {name: linear_weight(layer) for name, layer in layers.items()}
+    config = config.model_copy(update={"run_dir": f"{config.run_dir}-latents"})  # its conversion is its own
+    return _finetune(config, one_process_trainer(config, partial(StraightThrough, weights=weights)))
 
 
 def _finetune(config: RunConfig, trainer) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from mbdist.config.schema import BooleanOptimizerConfig
 from mbdist.model.linear import MultiBooleanLinear, Signal
 from mbdist.optim import BooleanOptimizer, FlipReport
 from mbdist.optim.schedule import warmup_cosine
@@ -18,19 +19,30 @@ _LATENT_BOUND = 1.0  # latents are kept in [-1, 1], as is usual: farther out the
 
 
 class StraightThrough(BooleanOptimizer):
-    """Takes the place of the Boolean optimizer in a ``Trainer``."""
+    """Takes the place of the Boolean optimizer, in finetuning and in the reconstruction of blocks."""
 
     latent_lr = 2e-3
+    reconstruction_lr = 5e-3
 
-    def __init__(self, layers: dict[str, MultiBooleanLinear], *arguments, **keywords):
-        super().__init__(layers, *arguments, **keywords)
+    def __init__(
+        self,
+        layers: dict[str, MultiBooleanLinear],
+        config: BooleanOptimizerConfig,
+        *arguments,
+        weights: dict[str, torch.Tensor],  # (m, n): what the float model has there
+        **keywords,
+    ):
+        super().__init__(layers, config, *arguments, **keywords)
+        if len(layers) < len(weights):  # those of one block
+            self.latent_lr = self.reconstruction_lr
         for entry in self.accumulated:
             entry.accumulator = entry.accumulator.new_empty(0)
         signs = [unpack_signs(layer.planes[-1], layer.in_features) for layer in layers.values()]
         self.latents = [torch.nn.Parameter(sign.float()) for sign in signs]
+        self._start_from(weights)
         self.adamw = torch.optim.AdamW(self.latents, lr=self.latent_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def start_from(self, weights: dict[str, torch.Tensor]) -> None:
+    def _start_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Latents from the float weights (m, n): what the other planes leave, in units of the plane's scale, so that
         bits near their threshold are near it here too. A bit that calibration chose against its residual starts close
         to 0 on its own side."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from mbdist.config.schema import (
     TextSource,
 )
 from mbdist.errors import UserError
+
+if TYPE_CHECKING:
+    from mbdist.convert.initialize import Spread
 
 _DEFAULTS = ConvertConfig()
 
@@ -102,7 +105,6 @@ def _convert(
     from rich.table import Table
 
     from mbdist.convert import convert_model
-    from mbdist.convert.initialize import in_turn
     from mbdist.data.calibration import calibration_batches
     from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight, convertible_layers
@@ -121,7 +123,7 @@ def _convert(
         calibration = calibration_batches(windows, settings.calibration_tokens)
     dtype = compute_dtype("auto", torch.device("cpu"))
     total = len(convertible_layers(model, settings.include, settings.exclude))
-    with contextlib.nullcontext(in_turn) if workers is None else _spread_over(workers) as spread:
+    with _spread(workers) as spread:
         found = convert_model(model, settings, calibration, dtype, spread)
         reports = list(track(found, "converting", total, console=console))
     save_model(model, tokenizer, output)
@@ -144,7 +146,11 @@ def _convert(
     )
 
 
-def _spread_over(workers: int):
-    from mbdist_launch import spread_over  # starts Ray, which most conversions do without
+def _spread(workers: int | None) -> contextlib.AbstractContextManager[Spread]:
+    if workers is None:
+        from mbdist.convert.initialize import in_turn
+
+        return contextlib.nullcontext(in_turn)
+    from mbdist_launch import spread_over  # imports Ray, which other conversions do without
 
     return spread_over(workers)

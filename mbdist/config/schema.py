@@ -72,7 +72,7 @@ class ReconstructionConfig(_Section):
     planes: Literal["levels", "last", "all"] = "levels"
     """What flips, as in `boolean.planes`."""
     step_size: Annotated[float, Field(ge=0)] = 0.03
-    """As in `boolean.step_size`; 0 trains scales alone."""
+    """As in `boolean.step_size`, with `boolean.signal: curvature`; 0 trains scales alone."""
     max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 6e-3
     """As in `boolean.max_flip_rate`: errors of a block are seen so well that far more may flip here."""
     refit_every: Annotated[int, Field(ge=0)] = 0
@@ -168,11 +168,13 @@ class BooleanOptimizerConfig(_Section):
     itself, with an accumulator of its own. `alternating`: one plane after the other."""
     alternate_every: PositiveInt = 10
     """With `alternating`: steps before it is the next plane's turn."""
-    signal: Literal["curvature", "evidence", "rms", "raw"] = "curvature"
-    """`curvature`: q / (s^2 h), so the threshold is where a flip pays to second order. `evidence`: q summed over all
-    steps so far, in standard errors of that sum; the threshold is 1 / step_size of them, so that noise alone never
-    fills the accumulators, however long the run. `rms`: q over its root mean square. `raw`: q as published."""
-    step_size: Annotated[float, Field(ge=0)] = 0.05
+    signal: Literal["curvature", "evidence", "rms", "raw"] = "evidence"
+    """`evidence`: q summed over all steps so far, in standard errors of that sum; the threshold is 1 / step_size of
+    them (5), so that noise alone never fills the accumulators, however long the run. `curvature`: q / (s^2 h), so the
+    threshold is where a flip pays to second order; wants a small step_size (0.05), and signals that stand out of their
+    noise in a few steps, as those of a block's reconstruction do. `rms`: q over its root mean square. `raw`: q as
+    published."""
+    step_size: Annotated[float, Field(ge=0)] = 0.2
     """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
     adapt_step_size: bool = False
     """Lower eta of a matrix while many more of its weights reach the threshold than the cap lets move, so that those

@@ -19,6 +19,7 @@ from mbdist.errors import UserError
 from mbdist.model.layers import convertible_layers, linear_shape, linear_weight, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
+from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 
 _SQUARED_BATCHES = 8  # of 2048 tokens: vectors need fewer than X^T X, and a backward pass costs more
 
@@ -40,6 +41,7 @@ def convert_model(
     calibration: Iterable[torch.Tensor] = (),  # batches of token ids (batch, window), where config.needs_calibration
     dtype: torch.dtype = torch.float32,  # of the calibration's passes through the model
     spread: Spread = in_turn,  # of the matrices of a block, and of their rows, over processes
+    optimizer: OptimizerOfBits = BooleanOptimizer,  # of a reconstruction
 ) -> Iterator[LayerReport]:
     """Convert the chosen layers in place, yielding a report after each; the model can be saved once it is exhausted."""
     initialize = INITIALIZATIONS[config.init]
@@ -66,7 +68,7 @@ def convert_model(
         output_error = None
         if config.reconstructs and block.targets:
             layers = {name: model.get_submodule(name) for name in originals}
-            output_error = reconstruct(layers, block, config.reconstruction)
+            output_error = reconstruct(layers, block, config.reconstruction, optimizer)
         for name, matrix in zip(originals, matrices, strict=True):
             error = planes_of(model.get_submodule(name)).relative_error(matrix.weight)
             yield LayerReport(name, tuple(matrix.weight.shape), planes[name], error, output_error)

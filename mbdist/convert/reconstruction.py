@@ -22,7 +22,7 @@ from mbdist.config.schema import BooleanOptimizerConfig, CommConfig, FloatOptimi
 from mbdist.convert.calibration import BlockCalibration
 from mbdist.convert.refit import refit_output_scales
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.optim import BooleanOptimizer
+from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
 
@@ -33,13 +33,19 @@ def reconstruct(
     layers: dict[str, MultiBooleanLinear],  # of the block, by name
     block: BlockCalibration,
     config: ReconstructionConfig,
+    optimizer: OptimizerOfBits = BooleanOptimizer,
 ) -> float:
     """``config.steps`` steps of one calibration batch each; changes the layers. Returns the relative squared error of
     the block's outputs, over all batches, that is left."""
     comm = Communicator(alone=True)  # conversion is rank 0's work: the others do not take part
-    bits = BooleanOptimizer(
+    bits = optimizer(
         layers,
-        BooleanOptimizerConfig(planes=config.planes, step_size=config.step_size, max_flip_rate=config.max_flip_rate),
+        BooleanOptimizerConfig(
+            planes=config.planes,
+            signal="curvature",
+            step_size=config.step_size,
+            max_flip_rate=config.max_flip_rate,
+        ),
         CommConfig(),
         comm,
         total_steps=config.steps,

@@ -30,6 +30,7 @@ from mbdist.model.loading import (
     resolve_path,
 )
 from mbdist.model.saving import save_model
+from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 from mbdist.train.environment import compute_dtype
 from mbdist.train.metrics import MetricsWriter
 
@@ -55,11 +56,12 @@ def teacher_source(config: RunConfig) -> ModelConfig | None:
     return config.model
 
 
-def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
+def prepare(config: RunConfig, metrics: MetricsWriter, optimizer: OptimizerOfBits = BooleanOptimizer) -> None:
     """Tokenise and convert, unless an earlier run with the same settings did."""
     teacher_source(config)  # a contradiction here is better found before the work than after
     marker, key = Path(config.run_dir) / "prepared.json", _key(config)
     if _is_prepared(config, key):
+        _check_length(config, json.loads(marker.read_text())["train_windows"])
         metrics.write("prepared", reused=True)
         return
     marker.unlink(missing_ok=True)
@@ -67,15 +69,19 @@ def prepare(config: RunConfig, metrics: MetricsWriter) -> None:
     tokenizer = load_tokenizer(config.model)
     metrics.write("tokenizing")
     corpus = load_corpus(config.data, tokenizer)
-    if len(corpus.train) < config.train.sequences_per_step:
-        raise UserError(
-            f"the training data fills {len(corpus.train)} windows, less than the {config.train.sequences_per_step} "
-            "sequences of one step: give more text, a smaller data.window or train.sequences_per_step"
-        )
+    _check_length(config, len(corpus.train))
     metrics.write("tokenized", train_windows=len(corpus.train), eval_windows=len(corpus.eval))
     if student_source(config) is not config.model:
-        _convert(config, tokenizer, corpus, metrics)
-    marker.write_text(json.dumps({"key": key}))
+        _convert(config, tokenizer, corpus, metrics, optimizer)
+    marker.write_text(json.dumps({"key": key, "train_windows": len(corpus.train)}))
+
+
+def _check_length(config: RunConfig, train_windows: int) -> None:
+    if train_windows < config.train.sequences_per_step:
+        raise UserError(
+            f"the training data fills {train_windows} windows, less than the {config.train.sequences_per_step} "
+            "sequences of one step: give more text, a smaller data.window or train.sequences_per_step"
+        )
 
 
 def wait_until_prepared(config: RunConfig) -> None:
@@ -85,7 +91,13 @@ def wait_until_prepared(config: RunConfig) -> None:
         time.sleep(0.2)
 
 
-def _convert(config: RunConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, metrics: MetricsWriter) -> None:
+def _convert(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    metrics: MetricsWriter,
+    optimizer: OptimizerOfBits,
+) -> None:
     metrics.write("loading", model=config.model.path)
     model = load_model(config.model)
     metrics.write("converting", planes=config.convert.planes, bits=config.convert.bits, init=config.convert.init)
@@ -95,7 +107,7 @@ def _convert(config: RunConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corp
         windows = corpus.train if source is None else load_windows(source, config.data, tokenizer)
         calibration = calibration_batches(windows, config.convert.calibration_tokens)
     dtype = compute_dtype(config.train.precision, torch.device("cpu"))
-    reports = list(convert_model(model, config.convert, calibration, dtype))
+    reports = list(convert_model(model, config.convert, calibration, dtype, optimizer=optimizer))
     save_model(model, tokenizer, Path(config.run_dir) / "converted")
     metrics.write(
         "converted",
@@ -114,7 +126,7 @@ def _key(config: RunConfig) -> str:
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.*"))
     sections = [config.model.model_dump(), config.convert.model_dump()]
     sections.append(config.data.model_dump(exclude={"max_eval_windows", "cache_dir"}))
-    described = [sections, config.train.sequences_per_step, files]
+    described = [sections, files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

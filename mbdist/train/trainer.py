@@ -20,7 +20,7 @@ from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import bits_per_weight, boolean_layers, is_scale
 from mbdist.model.loading import load_model, load_tokenizer
 from mbdist.model.saving import save_model
-from mbdist.optim import BooleanOptimizer, FlipReport
+from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
 from mbdist.train.environment import all_cores, compute_dtype, set_up_worker
 from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, distillation_loss
@@ -78,7 +78,7 @@ class Trainer:
         device: torch.device,
         communicator: Communicator,
         metrics: MetricsWriter,
-        optimizer: type[BooleanOptimizer] = BooleanOptimizer,
+        optimizer: OptimizerOfBits = BooleanOptimizer,
     ):
         self.config = config
         self.device = device

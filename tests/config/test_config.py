@@ -39,7 +39,7 @@ def test_all_errors_are_reported_at_once_with_path_value_and_hint():
         "train.micro_batch: input should be greater than 0, got 0",
         "cluster.workers: input should be a valid integer",
         "'many'",
-        "boolean.signal: input should be 'curvature', 'rms' or 'raw', got 'none'",
+        "boolean.signal: input should be 'curvature', 'evidence', 'rms' or 'raw', got 'none'",
         "data.train.paths: unknown setting; allowed here: type",
     ):
         assert part in message
