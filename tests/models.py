@@ -101,6 +101,7 @@ def run_settings(run_dir: Path, model: Path, **sections) -> dict:
         },
         "boolean": {
             "planes": "levels",
+            "signal": "curvature",
             "step_size": 0.5,
             "max_step": 1.0,
             "max_flip_rate": 0.01,

@@ -314,6 +314,11 @@ class RunConfig(_Section):
                 f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
                 f"(train.micro_batch) on {workers} workers (cluster.workers): {fix}"
             )
+        if self.train.probe_every and self.boolean.signal != "curvature":
+            problems.append(
+                f"train.probe_every predicts from q / (s^2 h), which boolean.signal = {self.boolean.signal} does not "
+                "give: set boolean.signal to curvature (and boolean.step_size to 0.05), or train.probe_every to 0"
+            )
         if self.loss.teacher == "none" and self.loss.hidden != "none":
             problems.append(f"loss.hidden = {self.loss.hidden} needs a teacher: set loss.teacher to float")
         idle = self.loss.kl_weight == 0 == self.loss.cross_entropy_weight and self.loss.hidden == "none"

@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import models
 import pytest
@@ -75,6 +77,23 @@ def test_joint_extraction_of_gaussian_weights():
         assert found.relative_error(weight) == pytest.approx(expected, rel=0.06)
         size = found.scale_out.abs().mean(1) * found.scale_in.abs().mean(1)
         assert (size[:-1] >= size[1:]).all(), "largest scale first"
+
+
+_PEAK_OF_JOINT = """
+import resource, torch
+from mbdist.convert.joint import joint
+joint(torch.randn(64, 64), 2)
+weight = torch.randn(4096, 8192)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+joint(weight, 2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / weight.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_joint_holds_no_copy_of_a_large_matrix():
+    done = subprocess.run([sys.executable, "-c", _PEAK_OF_JOINT], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.75, "of the matrix; one copy alone would be 1"
 
 
 def test_joint_of_a_zero_matrix_is_finite():

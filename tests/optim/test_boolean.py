@@ -124,7 +124,7 @@ def test_the_replica_check_names_the_first_plane_that_differs(tmp_path):
         assert torch.load(tmp_path / f"rank_{rank}.pt") == (None, "b.1")
 
 
-COMMON = {"step_size": 4.0, "max_step": 1.0, "max_flip_rate": 0.02, "warmup_fraction": 0.0}
+COMMON = {"signal": "curvature", "step_size": 4.0, "max_step": 1.0, "max_flip_rate": 0.02, "warmup_fraction": 0.0}
 CURVATURE = BooleanOptimizerConfig(planes="levels", guard=0.5, decay=0.9, adapt_step_size=True, **COMMON)
 RAW = BooleanOptimizerConfig(
     planes="last",
@@ -142,7 +142,8 @@ MODES = {
     "raw": RAW,
     "all": BooleanOptimizerConfig(planes="all", adapt_step_size=False, decay=0.8, **COMMON),
     "alternating": BooleanOptimizerConfig(planes="alternating", alternate_every=2, accumulator="int4", **COMMON),
-    "first by rms": BooleanOptimizerConfig(planes=[0], signal="rms", accumulator="fp32", **COMMON),
+    "first by rms": BooleanOptimizerConfig(planes=[0], accumulator="fp32", **{**COMMON, "signal": "rms"}),
+    "evidence": BooleanOptimizerConfig(planes="last", **{**COMMON, "signal": "evidence"}),
 }
 
 
@@ -216,7 +217,7 @@ def test_curvature_signal_is_q_over_s2h():
     for plane in layer.planes:
         plane.data = pack_signs(torch.randn(32, 64))
     layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, -torch.rand(2, 64) - 0.5
-    config = BooleanOptimizerConfig(planes="last", step_size=0.25)
+    config = BooleanOptimizerConfig(planes="last", signal="curvature", step_size=0.25)
     optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), Communicator(), 10, 1, seed=0)
     x, dy = torch.randn(50, 64), torch.randn(50, 32)
     optimizer.curvature.add(0, dy.double().square().sum(0), x.double().square().sum(0), 50)
@@ -258,9 +259,8 @@ def test_state_of_another_run_is_refused():
 
 def test_the_step_size_keeps_a_few_candidates_for_every_move():
     """From 100 times too large a step: the crowd of candidates thins out to what ranks can tell apart."""
-    config = BooleanOptimizerConfig(
-        step_size=50.0, adapt_step_size=True, max_step=0.5, decay=0.9, max_flip_rate=0.02, warmup_fraction=0.0
-    )
+    settings = {**COMMON, "step_size": 50.0, "max_step": 0.5}
+    config = BooleanOptimizerConfig(planes="last", adapt_step_size=True, decay=0.9, **settings)
     torch.manual_seed(0)
     layer = make_layers()["b"]
     optimizer = BooleanOptimizer({"b": layer}, config, CommConfig(), Communicator(), 1000, 1, seed=0)

@@ -113,6 +113,7 @@ VARIANTS = {
     "hidden states": {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
     "probed": {"train": {"probe_every": 4}},
     "norms in bf16": {"floats": {"also_train": ["*norm*"]}, "train": {"precision": "bf16"}},
+    "evidence": {"boolean": {"planes": "last", "signal": "evidence"}},
     "raw rule": {"boolean": {"planes": "last", "signal": "raw", "step_size": 3000.0}, "comm": {"codec": "bf16"}},
 }
 
