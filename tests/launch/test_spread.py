@@ -8,6 +8,7 @@ import torch
 from mbdist.config.schema import ModelConfig
 from mbdist.convert.calibration import LayerMoments
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
+from mbdist.convert.weighted_matrix import row_chunks
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import load_model
 from mbdist_launch import spread_over
@@ -15,15 +16,16 @@ from mbdist_launch import spread_over
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["svid", "joint", "calibrated"])
-def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init, monkeypatch):
-    monkeypatch.setattr("mbdist.convert.weighted_matrix._CHUNK_ELEMENTS", 1 << 14)  # several jobs a matrix
+def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init):
     torch.manual_seed(0)
-    inputs = torch.randn(400, 256) * torch.rand(256).exp()
+    n = 1500  # two chunks of rows in the first matrix
+    inputs = torch.randn(2000, n) * torch.rand(n).exp()
     gram = inputs.T @ inputs  # shared by two layers
     matrices = [
-        Matrix(torch.randn(m, 256), planes, LayerMoments(gram.diagonal(), torch.rand(m) + 0.1, gram))
-        for m, planes in ((300, 2), (96, 3))
+        Matrix(torch.randn(m, n), planes, LayerMoments(gram.diagonal(), torch.rand(m) + 0.1, gram))
+        for m, planes in ((900, 2), (96, 3))
     ]
+    assert len(row_chunks((900, n))) == 2
     alone = INITIALIZATIONS[init](matrices, in_turn)
     with spread_over(2) as spread:
         shared = INITIALIZATIONS[init](matrices, spread)

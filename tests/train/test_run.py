@@ -133,7 +133,7 @@ def test_variants_flip_and_learn(finished, tmp_path, llama_folder, name):
     moved = not torch.equal(before.model.norm.weight, after.model.norm.weight)
     assert moved == (name == "norms in bf16")
     planes = moved_weights(planes_of(tmp_path / "run/converted")[0], planes_of(tmp_path / "run/model")[0])[1]
-    assert planes == ({"1"} if name == "raw rule" else {"0", "1"})
+    assert planes == ({"1"} if settings["boolean"]["planes"] == "last" else {"0", "1"})
     if name == "probed":
         probes = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "probe"]
         assert [probe["step"] for probe in probes] == [4, 8, 12]
