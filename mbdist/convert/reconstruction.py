@@ -59,7 +59,7 @@ def reconstruct(
     groups = parameter_groups(scales.items(), FloatOptimizerConfig(lr=config.lr))
     rates = [group["lr"] for group in groups]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    refit_gradients = [torch.zeros_like(layer.scale_out) for layer in layers.values()]  # summed since the last refit
+    refit_gradients = [torch.zeros_like(layer.scale_out) for layer in layers.values()]  # means since the last refit
     order = torch.Generator().manual_seed(0)
     numbers: list[int] = []
     for step in range(config.steps):
@@ -70,16 +70,17 @@ def reconstruct(
         bits.finish_micro_batch()
         if bits.all_finite(loss):
             bits.step()
-            for sums, layer in zip(refit_gradients, layers.values(), strict=True):
-                sums += layer.scale_out.grad
             schedule = warmup_cosine(step, config.steps, 0.05)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * schedule
             adamw.step()
+            if config.refit_every:
+                for mean, layer in zip(refit_gradients, layers.values(), strict=True):
+                    mean += layer.scale_out.grad / config.refit_every
             if config.refit_every and (step + 1) % config.refit_every == 0:
-                for number, (sums, layer) in enumerate(zip(refit_gradients, layers.values(), strict=True)):
-                    refit_output_scales(layer, sums / config.refit_every, *bits.curvature.of(number))
-                    sums.zero_()
+                for number, (mean, layer) in enumerate(zip(refit_gradients, layers.values(), strict=True)):
+                    refit_output_scales(layer, mean, *bits.curvature.of(number))
+                    mean.zero_()
         else:
             bits.skip()
         adamw.zero_grad(set_to_none=True)
