@@ -26,7 +26,7 @@ def feed_errors_forward(
     Worked example: K = 1, s_out = [1], s_in = [1, 1], U = [[1, 0.5], [0, 1]] and columns [[0.4, 0.1]] give code 0 (+1)
     and e = -0.6 first; 0.1 + 0.5 * 0.6 = 0.4 is left of the second column: code 0, e = -0.6.
     """
-    if native.serves(columns, upper) and native.takes_scales(scale_out, scale_in):
+    if native.serves(columns, upper) and native.takes_levels(columns, scale_out, scale_in):
         return native.feed_errors_forward(columns, scale_out, scale_in, upper)
     rows, width = columns.shape
     codes = torch.empty(rows, width, dtype=torch.uint8, device=columns.device)

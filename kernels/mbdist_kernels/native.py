@@ -125,6 +125,12 @@ def takes_scales(*scales: torch.Tensor) -> bool:
     return all(scale.dtype == torch.float32 for scale in scales)
 
 
+def takes_levels(weight: torch.Tensor, scale_out: torch.Tensor, scale_in: torch.Tensor) -> bool:
+    """Levels of up to 8 planes, for fp32 weights that are contiguous."""
+    fits = weight.dtype == torch.float32 and weight.is_contiguous() and len(scale_in) <= _MAX_PLANES
+    return fits and takes_scales(scale_out, scale_in)
+
+
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 

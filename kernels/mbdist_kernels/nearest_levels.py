@@ -18,7 +18,7 @@ def nearest_levels(
     scale_in: torch.Tensor,  # (K, n) fp32
 ) -> torch.Tensor:
     """Codes (rows, n) uint8; of equally near levels the lower code. K <= 8."""
-    if native.serves(weight) and weight.is_contiguous() and native.takes_scales(scale_out, scale_in):
+    if native.serves(weight) and native.takes_levels(weight, scale_out, scale_in):
         return native.nearest_levels(weight, scale_out, scale_in)
     magnitudes = scale_out[:, :, None] * scale_in[:, None, :]
     best = torch.full_like(weight, torch.inf)

@@ -12,19 +12,23 @@ from typing import Any
 import torch
 
 from mbdist.convert.initialize import Spread
-
-_KEPT_APART = 1 << 16  # bytes: larger tensors go to the object store once, however many jobs take them
+from mbdist.errors import UserError
 
 
 @contextmanager
 def spread_over(workers: int) -> Iterator[Spread]:
-    """A ``Spread`` that has ``workers`` jobs done at a time, each on one core. The bits are those of one process."""
+    """A ``Spread`` that has ``workers`` jobs done at a time, each on one core: the same bits for any number of workers,
+    and those of one process too, where that computes with one thread or a layer has fewer than 32,768 inputs and
+    outputs (torch cuts longer sums by its threads). Raises UserError where RAY_ADDRESS cannot be reached."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
     else:
         ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
     try:
@@ -34,8 +38,9 @@ def spread_over(workers: int) -> Iterator[Spread]:
             stored: dict[int, tuple[Any, Any]] = {}  # by id: the argument (so that its id stays its own), reference
 
             def placed(argument: Any) -> Any:
-                if not _is_large(argument):
-                    return argument
+                """What several jobs share goes to the object store once; rows of a matrix are one job's own."""
+                if not dataclasses.is_dataclass(argument):
+                    return _copied(argument)  # of a view, Ray would send all that it is a view of
                 if id(argument) not in stored:
                     stored[id(argument)] = argument, ray.put(argument)
                 return stored[id(argument)][1]
@@ -65,8 +70,3 @@ def _copied(argument: Any) -> Any:
     if dataclasses.is_dataclass(argument):
         return dataclasses.replace(argument, **{name: _copied(value) for name, value in vars(argument).items()})
     return argument
-
-
-def _is_large(argument: Any) -> bool:
-    tensors = [argument, *vars(argument).values()] if dataclasses.is_dataclass(argument) else [argument]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)) > _KEPT_APART

@@ -19,7 +19,6 @@ from rich.console import Console
 from mbdist.bench.process import in_own_process
 from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
-    from_scratch_folder,
     measure_finetuned_float,
     measure_float,
     measure_from_scratch,
@@ -31,7 +30,7 @@ from mbdist.bench.quality_rows import (
 from mbdist.config import RunConfig, load_config
 
 _FORMAT = 1  # of a row; part of its key
-_PAPER = "configs/paper.yaml"
+_PAPER = Path(__file__).parents[2] / "configs" / "paper.yaml"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Row:
         sections = config.model_dump(
             exclude={"run_dir"} if trains else {"run_dir", "boolean", "floats", "loss", "comm"}
         )
-        if self.measure in (measure_float, measure_round_to_nearest):
+        if self.measure is measure_float:
             del sections["convert"]
         return [_FORMAT, self.group, self.name, self.arguments, sections]
 
@@ -65,8 +64,11 @@ _SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, "boolean.step_size": 0.
 
 def _architecture_rows(config: RunConfig) -> Iterator[Row]:
     """The defaults on a model of another kind: GPT-2's blocks (LayerNorm, biases, GELU), trained here from scratch."""
-    model = {"model.path": from_scratch_folder(config), "model.gguf_file": None}
-    yield Row("other architecture", "float", measure_from_scratch)
+    trained_with = [config.model, config.data, config.train, config.floats]
+    digest = _digest([config.seed, *(section.model_dump() for section in trained_with)])
+    folder = str(Path(config.run_dir) / f"gpt2-{digest}")
+    model = {"model.path": folder, "model.gguf_file": None}
+    yield Row("other architecture", "float", measure_from_scratch, {}, (folder,))
     yield Row("other architecture", "calibrated", measure_run, {**model, **_NO_FINETUNING, **_NOT_RECONSTRUCTED})
     yield Row("other architecture", "reconstructed", measure_run, {**model, **_NO_FINETUNING})
     longer = {"train.steps": config.train.steps + config.convert.reconstruction.steps}
@@ -91,7 +93,7 @@ def _start_rows(_config: RunConfig) -> Iterator[Row]:
 
 def _paper() -> dict:
     """The published recipe, as changes."""
-    paper = load_config(_PAPER, [])
+    paper = load_config(str(_PAPER), [])
     sections = {name: getattr(paper, name).model_dump() for name in ("boolean", "floats", "loss")}
     return {**sections, "convert.init": paper.convert.init}
 
@@ -134,7 +136,8 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
     for planes in ("levels", [0], "all", "alternating"):
         yield row(f"planes {planes}", {"boolean.planes": planes})
     for kind in ("int4", "fp32"):
-        yield row(f"accumulator {kind}", {"boolean.accumulator": kind})
+        curvature = {"boolean.signal": "curvature", "boolean.step_size": 0.05}  # beside the row of that name
+        yield row(f"signal curvature, accumulator {kind}", {"boolean.accumulator": kind, **curvature})
     for planes in ("last", "all"):
         yield row(f"reconstruction, planes {planes}", {"convert.reconstruction.planes": planes, **_NO_FINETUNING})
     for rate in (2e-3, 1.2e-2):

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -87,13 +86,9 @@ def measure_finetuned_float(config: RunConfig) -> dict:
     }
 
 
-def from_scratch_folder(config: RunConfig) -> str:
-    """Where ``measure_from_scratch`` leaves its model."""
-    return str(Path(config.run_dir).parent / "gpt2-from-scratch")
-
-
-def measure_from_scratch(config: RunConfig) -> dict:
-    """A small GPT-2 with the configured model's tokenizer, trained on the training text for a few minutes."""
+def measure_from_scratch(config: RunConfig, folder: str) -> dict:
+    """A small GPT-2 with the configured model's tokenizer, trained on the training text for a few minutes and left in
+    ``folder``."""
     import transformers
 
     from mbdist.model.loading import load_tokenizer
@@ -105,7 +100,6 @@ def measure_from_scratch(config: RunConfig) -> dict:
     shape = {"n_layer": 8, "n_embd": 384, "n_head": 6, "n_positions": config.data.window}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape, **special))
     _train_dense(config, model.train(), _SCRATCH_STEPS, _SCRATCH_LR)
-    folder = from_scratch_folder(config)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found = _measure(config, model, _corpus(config).eval, kl=False)

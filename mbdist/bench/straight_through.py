@@ -64,6 +64,10 @@ class StraightThrough(BooleanOptimizer):
         latent, q = self.latents[matrix], signals[0].values[:, : layer.in_features]
         latent.grad = q.clone() if latent.grad is None else latent.grad.add_(q)
 
+    def skip(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+        super().skip()
+
     def step(self) -> FlipReport:
         schedule = warmup_cosine(self.step_count, self.total_steps, self.config.warmup_fraction)
         for group in self.adamw.param_groups:
@@ -77,7 +81,7 @@ class StraightThrough(BooleanOptimizer):
             new = pack_signs(latent.data)
             report.flips[name] = popcount(words ^ new)
             words.copy_(new)
-        self.curvature.discard()
+        self.curvature.absorb(self.curvature.tokens, self.gradient_scale)
         self.step_count += 1
         self.micro_batch = 0
         return report

@@ -169,8 +169,9 @@ class BooleanOptimizerConfig(_Section):
     alternate_every: PositiveInt = 10
     """With `alternating`: steps before it is the next plane's turn."""
     signal: Literal["curvature", "evidence", "rms", "raw"] = "evidence"
-    """`evidence`: q summed over all steps so far, in standard errors of that sum; the threshold is 1 / step_size of
-    them (5), so that noise alone never fills the accumulators, however long the run. `curvature`: q / (s^2 h), so the
+    """`evidence`: q summed over the last 64 micro-batches of all workers (since the bit flipped, older ones fade), in
+    standard errors of that sum; the threshold is 1 / step_size of them (5), so that noise alone does not fill the
+    accumulators, however long the run. `curvature`: q / (s^2 h), so the
     threshold is where a flip pays to second order; wants a small step_size (0.05), and signals that stand out of their
     noise in a few steps, as those of a block's reconstruction do. `rms`: q over its root mean square. `raw`: q as
     published."""
@@ -181,10 +182,12 @@ class BooleanOptimizerConfig(_Section):
     that move are the best and not any; it recovers, up to `step_size`."""
     max_step: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Most that one step may add to an accumulator: 1 / max_step steps must agree before a bit flips. Every
-    micro-batch of every worker may add its equal share, rounded stochastically to the accumulator's unit."""
+    micro-batch of every worker may add its equal share (`evidence`: one by the root of their number), rounded
+    stochastically to the accumulator's unit."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """What a step keeps of an accumulator, besides beta = 1 - share of bits just flipped. Below 1 old evidence fades,
-    and a bit flips only where recent steps agree: noise alone stays at about max_step / sqrt(1 - decay^2)."""
+    """What a step keeps of an accumulator, besides beta = 1 - share of bits just flipped (`evidence` has a decay of its
+    own instead). Below 1 old evidence fades, and a bit flips only where recent steps agree: noise alone stays at about
+    max_step / sqrt(1 - decay^2)."""
     guard: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Against oscillation: after a flip the accumulator starts this far behind zero, so that flipping back takes more
     evidence than flipping did."""
@@ -318,6 +321,11 @@ class RunConfig(_Section):
             problems.append(
                 f"train.probe_every predicts from q / (s^2 h), which boolean.signal = {self.boolean.signal} does not "
                 "give: set boolean.signal to curvature (and boolean.step_size to 0.05), or train.probe_every to 0"
+            )
+        if self.boolean.signal == "evidence" and self.boolean.accumulator == "int4":
+            problems.append(
+                "boolean.accumulator = int4 has a unit of about a standard error, too coarse for boolean.signal = "
+                "evidence: use int8, or boolean.signal=curvature with boolean.step_size=0.05"
             )
         if self.loss.teacher == "none" and self.loss.hidden != "none":
             problems.append(f"loss.hidden = {self.loss.hidden} needs a teacher: set loss.teacher to float")

@@ -85,9 +85,7 @@ def choose_signs(
         columns[:, part.stop :].addmm_(errors, upper[part, part.stop :], alpha=-1)
     codes = codes[:, order.argsort()]
     signs = torch.stack([signs_of_codes(codes, k).float() for k in range(len(scale_in))])
-    return [pack_signs(sign) for sign in signs], _scales_under(
-        metric.hessian, weight.float(), signs, scale_in, scale_out
-    )
+    return [pack_signs(sign) for sign in signs], _scales_under(metric.hessian, weight, signs, scale_in, scale_out)
 
 
 def _scales_under(

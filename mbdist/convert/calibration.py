@@ -209,8 +209,9 @@ class BlockWalk:
         return {name: grams[name] for name in names}, outputs
 
     def _run_model(self) -> list[torch.Tensor]:
+        model = self.model if self.outside else self.model.base_model  # a head costs time, and has no block in it
         for ids in self.batches:
-            self.model.base_model(ids, use_cache=False)  # without the head: no layer of it is converted
+            model(ids, use_cache=False)
         return []
 
     def _call(self, block: str, calls: list[_BlockCall], number: int, states: torch.Tensor) -> torch.Tensor:

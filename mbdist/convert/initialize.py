@@ -1,7 +1,7 @@
 """The initialisations: float matrices in, planes and scales out, cut into jobs that any number of processes may share.
 
-A job is one matrix, or a fixed number of rows of one; it computes with nothing but its arguments. So the planes are the
-same bits however the jobs are spread: one after the other here (``in_turn``), or over the workers of a cluster.
+A job is one matrix, or a fixed number of rows of one; it computes with nothing but its arguments. So the planes do not
+depend on how the jobs are spread: one after the other here (``in_turn``), or over the workers of a cluster.
 """
 
 from __future__ import annotations

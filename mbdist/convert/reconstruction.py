@@ -77,10 +77,10 @@ def reconstruct(
             if config.refit_every:
                 for mean, layer in zip(refit_gradients, layers.values(), strict=True):
                     mean += layer.scale_out.grad / config.refit_every
-            if config.refit_every and (step + 1) % config.refit_every == 0:
-                for number, (mean, layer) in enumerate(zip(refit_gradients, layers.values(), strict=True)):
-                    refit_output_scales(layer, mean, *bits.curvature.of(number))
-                    mean.zero_()
+                if (step + 1) % config.refit_every == 0:
+                    for number, (mean, layer) in enumerate(zip(refit_gradients, layers.values(), strict=True)):
+                        refit_output_scales(layer, mean, *bits.curvature.of(number))
+                        mean.zero_()
         else:
             bits.skip()
         adamw.zero_grad(set_to_none=True)

@@ -50,6 +50,7 @@ from mbdist_kernels import (
 )
 
 _LOTTERY = 1 << 32  # contribution number of the lottery's random bits: no micro-batch has it
+_EVIDENCE_CONTRIBUTIONS = 64  # rounding to int8 then adds half as much variance again to that of noise
 _RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
 
 
@@ -195,7 +196,7 @@ class BooleanOptimizer:
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
         eta = entry.step_size
         if self.config.signal == "evidence":
-            eta /= math.sqrt(self.curvature.steps)  # with the decay below: the sum of t steps over sqrt(t)
+            eta /= math.sqrt(self._steps_summed())
         return Signal(row * (eta / self.gradient_scale), column, flat[:used].view(layer.out_features, -1))
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
@@ -225,7 +226,7 @@ class BooleanOptimizer:
             entry.accumulator,
             signals,
             entry.beta_q15 if self.micro_batch == 0 else FIXED_ONE,
-            self.config.max_step / (self.micro_batches * ranks),
+            self._largest_contribution(),
             keys,
             self._first_element(entry),
             self.format,
@@ -308,12 +309,31 @@ class BooleanOptimizer:
                 back,
             )
 
+    def _steps_summed(self) -> int:
+        """``evidence``: the t of M = eta (r_1 + .. + r_t) / sqrt(t), r the signal in standard errors of a step, so that
+        M is in standard errors of the sum. Older steps fade beyond a fixed number of contributions: what one adds
+        shrinks with t, and below the accumulator's unit stochastic rounding would become the greater noise."""
+        steps = self.curvature.steps
+        if self.config.planes == "alternating":  # accumulators start anew with every plane's turn
+            steps = min(steps, self.step_count % self.config.alternate_every + 1)
+        return min(steps, self._evidence_window)
+
     def _decay(self) -> float:
-        """What the next step keeps of an accumulator. ``evidence``: M is sum_t r_t / sqrt(t), r the signal in standard
-        errors of one step, so M itself is in standard errors of the sum."""
+        """What the next step keeps of an accumulator."""
         if self.config.signal != "evidence":
             return self.config.decay
-        return self.config.decay * math.sqrt(self.curvature.steps / (self.curvature.steps + 1))
+        following = min(self._steps_summed() + 1, self._evidence_window)
+        return math.sqrt((following - 1) / following)
+
+    @property
+    def _evidence_window(self) -> int:
+        return max(1, _EVIDENCE_CONTRIBUTIONS // (self.micro_batches * self.communicator.world_size))
+
+    def _largest_contribution(self) -> float:
+        """Bound on what one of the step's contributions may add. The noise of a sum grows with the root of their
+        number, so ``evidence`` bounds them by that."""
+        contributions = self.micro_batches * self.communicator.world_size
+        return self.config.max_step / (math.sqrt(contributions) if self.config.signal == "evidence" else contributions)
 
     def _predict(self, chosen: list[Candidates], report: FlipReport) -> None:
         """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by
