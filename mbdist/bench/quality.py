@@ -59,7 +59,8 @@ _NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
 
 _NO_FINETUNING = {"train.steps": 0}
 _NOT_RECONSTRUCTED = {"convert.reconstruction.steps": 0}
-_SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, "boolean.step_size": 0.0}
+_SCALES_ONLY_FINETUNED = {"boolean.step_size": 0.0}
+_SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, **_SCALES_ONLY_FINETUNED}
 
 
 def _architecture_rows(config: RunConfig) -> Iterator[Row]:
@@ -107,6 +108,8 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
         at = {"convert.planes": planes}
         yield Row("finetuned", "scales and bits", measure_run, at)
         yield Row("finetuned", "scales only", measure_run, {**at, **_SCALES_ONLY})
+        finetuned_longer = {**_NOT_RECONSTRUCTED, **_SCALES_ONLY_FINETUNED, **longer}
+        yield Row("finetuned", "scales only, not reconstructed", measure_run, {**at, **finetuned_longer})
         yield Row("finetuned", "straight-through latents", measure_straight_through, at)
         yield Row("finetuned", "paper", measure_run, {**at, **paper, **longer})
 
@@ -119,7 +122,7 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
 
     yield row("as configured", {})
     yield row("scales only", _SCALES_ONLY)
-    yield row("bits in reconstruction only", {"boolean.step_size": 0.0})
+    yield row("bits in reconstruction only", _SCALES_ONLY_FINETUNED)
     yield row("bits in finetuning only", {"convert.reconstruction.step_size": 0.0})
     yield row("not reconstructed", _NOT_RECONSTRUCTED)
     for init in ("svid", "joint"):
