@@ -75,9 +75,6 @@ class ReconstructionConfig(_Section):
     """As in `boolean.step_size`, with `boolean.signal: curvature`; 0 trains scales alone."""
     max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 6e-3
     """As in `boolean.max_flip_rate`: errors of a block are seen so well that far more may flip here."""
-    refit_every: Annotated[int, Field(ge=0)] = 0
-    """Every so many steps solve for the output scales in closed form, after the flips, besides what AdamW does; 0:
-    never."""
 
 
 class ConvertConfig(_Section):

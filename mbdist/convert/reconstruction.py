@@ -20,7 +20,6 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig, FloatOptimizerConfig, ReconstructionConfig
 from mbdist.convert.calibration import BlockCalibration
-from mbdist.convert.refit import refit_output_scales
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 from mbdist.optim.parameter_groups import parameter_groups
@@ -59,7 +58,6 @@ def reconstruct(
     groups = parameter_groups(scales.items(), FloatOptimizerConfig(lr=config.lr))
     rates = [group["lr"] for group in groups]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    refit_gradients = [torch.zeros_like(layer.scale_out) for layer in layers.values()]  # means since the last refit
     order = torch.Generator().manual_seed(0)
     numbers: list[int] = []
     for step in range(config.steps):
@@ -74,13 +72,6 @@ def reconstruct(
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * schedule
             adamw.step()
-            if config.refit_every:
-                for mean, layer in zip(refit_gradients, layers.values(), strict=True):
-                    mean += layer.scale_out.grad / config.refit_every
-                if (step + 1) % config.refit_every == 0:
-                    for number, (mean, layer) in enumerate(zip(refit_gradients, layers.values(), strict=True)):
-                        refit_output_scales(layer, mean, *bits.curvature.of(number))
-                        mean.zero_()
         else:
             bits.skip()
         adamw.zero_grad(set_to_none=True)

@@ -16,17 +16,15 @@ from mbdist.config.schema import ConvertConfig, ModelConfig, ReconstructionConfi
 from mbdist.convert import convert_model
 from mbdist.convert.allocation import allocate, plane_bits
 from mbdist.convert.calibration import BlockWalk, LayerMoments, block_names, squared_moments
-from mbdist.convert.convert import layer_from
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
 from mbdist.convert.joint import joint, sweep
-from mbdist.convert.refit import refit_output_scales
 from mbdist.convert.svid import successive_residuals, svid
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
 from mbdist.model.loading import is_multi_boolean, load_model
 from mbdist.model.saving import replaced_folder, save_model
-from mbdist_kernels import dequantize, popcount, unpack_signs
+from mbdist_kernels import dequantize, popcount
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
@@ -136,28 +134,6 @@ def test_calibrated_survives_inputs_that_are_never_active():
     for squares in (gram, torch.zeros(40, 40)):
         found = calibrated(torch.randn(8, 40), 2, LayerMoments(squares.diagonal(), torch.zeros(8), squares))
         assert torch.isfinite(found.scale_out).all() and torch.isfinite(found.scale_in).all()
-
-
-def test_refits_go_to_the_minimum_of_the_quadratic_model():
-    """There the refit is exact but for its damping: every one takes the gradient down, several to 0."""
-    torch.manual_seed(0)
-    layer = layer_from(joint(torch.randn(20, 70), 2), None)
-    rows, columns = torch.rand(20) + 0.1, torch.rand(70) + 0.1
-    target = torch.randn(20, 70)
-    signs = torch.stack([unpack_signs(plane, 70) for plane in layer.planes])
-
-    def gradient():
-        layer.scale_out.grad = None
-        weight = (signs * layer.scale_out[:, :, None] * layer.scale_in[:, None, :].detach()).sum(0)
-        (0.5 * ((weight - target).square() * rows[:, None] * columns).sum()).backward()
-        return layer.scale_out.grad
-
-    norms = [gradient().norm().item()]
-    for _ in range(8):
-        refit_output_scales(layer, layer.scale_out.grad, rows, columns)
-        norms.append(gradient().norm().item())
-    assert all(after < 0.3 * before for before, after in itertools.pairwise(norms[:4])), norms
-    assert norms[-1] < 1e-3 * norms[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
