@@ -17,9 +17,9 @@ from mbdist.errors import UserError
 
 @contextmanager
 def spread_over(workers: int) -> Iterator[Spread]:
-    """A ``Spread`` that has ``workers`` jobs done at a time, each on one core: the same bits for any number of workers,
-    and those of one process too, where that computes with one thread or a layer has fewer than 32,768 inputs and
-    outputs (torch cuts longer sums by its threads). Raises UserError where RAY_ADDRESS cannot be reached."""
+    """A ``Spread`` that has ``workers`` jobs done at a time, one core each: the same bits for any number of workers on
+    machines of one kind. They are those of one process too, as far as its sums do not depend on its number of threads
+    (tests hold it for layers of the size of small models). Raises UserError where RAY_ADDRESS cannot be reached."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
