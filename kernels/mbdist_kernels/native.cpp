@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -42,6 +43,21 @@ inline float load(const uint16_t* in) { return as_float(static_cast<uint32_t>(*i
 
 // The sign bit of column b, in place of an IEEE sign.
 inline uint32_t sign_mask(uint32_t word, int b) { return (word << (31 - b)) & 0x80000000u; }
+
+// Calls body(std::integral_constant<int, K>) with K = planes, so that loops over planes have a fixed length.
+template <typename Body>
+void with_planes(int64_t planes, Body body) {
+  switch (planes) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    case 8: return body(std::integral_constant<int, 8>{});
+  }
+}
 
 struct Planes {
   const int32_t* words[kMaxPlanes];
@@ -84,20 +100,6 @@ void dequantize(const Planes& p, Out* out, int threads) {
         for (int b = 0; b < width; ++b) store(sum[b], row + b);
       }
     }
-  }
-}
-
-template <typename Out>
-void dequantize_any(const Planes& p, Out* out, int threads) {
-  switch (p.count) {
-    case 1: return dequantize<1>(p, out, threads);
-    case 2: return dequantize<2>(p, out, threads);
-    case 3: return dequantize<3>(p, out, threads);
-    case 4: return dequantize<4>(p, out, threads);
-    case 5: return dequantize<5>(p, out, threads);
-    case 6: return dequantize<6>(p, out, threads);
-    case 7: return dequantize<7>(p, out, threads);
-    case 8: return dequantize<8>(p, out, threads);
   }
 }
 
@@ -163,21 +165,6 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
 }
 
 template <typename In>
-void backward_any(const Planes& p, const In* g, float* go, int64_t stride, float* gi, const Signals& out,
-                  int threads) {
-  switch (p.count) {
-    case 1: return backward<1>(p, g, go, stride, gi, out, threads);
-    case 2: return backward<2>(p, g, go, stride, gi, out, threads);
-    case 3: return backward<3>(p, g, go, stride, gi, out, threads);
-    case 4: return backward<4>(p, g, go, stride, gi, out, threads);
-    case 5: return backward<5>(p, g, go, stride, gi, out, threads);
-    case 6: return backward<6>(p, g, go, stride, gi, out, threads);
-    case 7: return backward<7>(p, g, go, stride, gi, out, threads);
-    case 8: return backward<8>(p, g, go, stride, gi, out, threads);
-  }
-}
-
-template <typename In>
 void square_sums(const In* values, int64_t rows, int64_t columns, double* sums, int threads) {
   constexpr int64_t kSlice = 64, kBurst = 64;  // fp32 sums of 64 rows, added up in fp64
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -222,7 +209,7 @@ void nearest_levels(const float* weight, int64_t rows, int64_t columns, const fl
         for (int64_t j = 0; j < width; ++j) magnitude[k][j] = row * scale_in[k * columns + first + j];
       }
       for (int code = 0; code < (1 << K); ++code)
-        for (int64_t j = 0; j < kWidth; ++j) {
+        for (int64_t j = 0; j < kWidth; ++j) {  // the level is written out: gcc vectorises no call of a helper here
           float level = code & 1 ? -magnitude[0][j] : magnitude[0][j];
           for (int k = 1; k < K; ++k) level = (code >> k) & 1 ? level - magnitude[k][j] : level + magnitude[k][j];
           const float distance = std::fabs(w[j] - level);
@@ -236,9 +223,8 @@ void nearest_levels(const float* weight, int64_t rows, int64_t columns, const fl
 }
 
 template <int K>
-void feed_errors_forward(float* columns, int64_t rows, int64_t width, const float* scale_out, int64_t out_stride,
-                         const float* scale_in, int64_t in_stride, const float* upper, uint8_t* codes, float* errors,
-                         int threads) {
+void feed_errors_forward(float* columns, int64_t rows, int64_t width, const float* scale_out, const float* scale_in,
+                         const float* upper, uint8_t* codes, float* errors, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < rows; ++i) {
     float* left = columns + i * width;
@@ -246,7 +232,7 @@ void feed_errors_forward(float* columns, int64_t rows, int64_t width, const floa
       float best = 0.0f, chosen = 0.0f;
       int code = 0;
       float magnitude[K];
-      for (int k = 0; k < K; ++k) magnitude[k] = scale_out[k * out_stride + i] * scale_in[k * in_stride + j];
+      for (int k = 0; k < K; ++k) magnitude[k] = scale_out[k * rows + i] * scale_in[k * width + j];
       for (int c = 0; c < (1 << K); ++c) {
         float level = c & 1 ? -magnitude[0] : magnitude[0];
         for (int k = 1; k < K; ++k) level = (c >> k) & 1 ? level - magnitude[k] : level + magnitude[k];
@@ -287,19 +273,23 @@ inline int8_t highest(const int8_t* ranks) {
 extern "C" {
 
 void mbdist_dequantize(const Planes* planes, void* out, int is_bf16, int threads) {
-  if (is_bf16)
-    dequantize_any(*planes, static_cast<uint16_t*>(out), threads);
-  else
-    dequantize_any(*planes, static_cast<float*>(out), threads);
+  with_planes(planes->count, [&](auto k) {
+    if (is_bf16)
+      dequantize<k>(*planes, static_cast<uint16_t*>(out), threads);
+    else
+      dequantize<k>(*planes, static_cast<float*>(out), threads);
+  });
 }
 
 void mbdist_scale_gradients_and_signals(const Planes* planes, const void* gradient, int is_bf16, float* grad_out,
                                         int64_t grad_out_stride, float* grad_in, const Signals* signals, int threads) {
-  if (is_bf16)
-    backward_any(*planes, static_cast<const uint16_t*>(gradient), grad_out, grad_out_stride, grad_in, *signals,
-                 threads);
-  else
-    backward_any(*planes, static_cast<const float*>(gradient), grad_out, grad_out_stride, grad_in, *signals, threads);
+  with_planes(planes->count, [&](auto k) {
+    if (is_bf16)
+      backward<k>(*planes, static_cast<const uint16_t*>(gradient), grad_out, grad_out_stride, grad_in, *signals,
+                  threads);
+    else
+      backward<k>(*planes, static_cast<const float*>(gradient), grad_out, grad_out_stride, grad_in, *signals, threads);
+  });
 }
 
 void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, int64_t columns, double* sums,
@@ -345,39 +335,15 @@ void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t
 
 void mbdist_nearest_levels(const float* weight, int64_t rows, int64_t columns, const float* scale_out,
                            const float* scale_in, int64_t planes, uint8_t* codes, int threads) {
-  switch (planes) {
-    case 1: return nearest_levels<1>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 2: return nearest_levels<2>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 3: return nearest_levels<3>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 4: return nearest_levels<4>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 5: return nearest_levels<5>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 6: return nearest_levels<6>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 7: return nearest_levels<7>(weight, rows, columns, scale_out, scale_in, codes, threads);
-    case 8: return nearest_levels<8>(weight, rows, columns, scale_out, scale_in, codes, threads);
-  }
+  with_planes(planes, [&](auto k) { nearest_levels<k>(weight, rows, columns, scale_out, scale_in, codes, threads); });
 }
 
 void mbdist_feed_errors_forward(float* columns, int64_t rows, int64_t width, const float* scale_out,
-                                int64_t out_stride, const float* scale_in, int64_t in_stride, int64_t planes,
-                                const float* upper, uint8_t* codes, float* errors, int threads) {
-  switch (planes) {
-    case 1: return feed_errors_forward<1>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 2: return feed_errors_forward<2>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 3: return feed_errors_forward<3>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 4: return feed_errors_forward<4>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 5: return feed_errors_forward<5>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 6: return feed_errors_forward<6>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 7: return feed_errors_forward<7>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-    case 8: return feed_errors_forward<8>(columns, rows, width, scale_out, out_stride, scale_in, in_stride, upper,
-                                          codes, errors, threads);
-  }
+                                const float* scale_in, int64_t planes, const float* upper, uint8_t* codes,
+                                float* errors, int threads) {
+  with_planes(planes, [&](auto k) {
+    feed_errors_forward<k>(columns, rows, width, scale_out, scale_in, upper, codes, errors, threads);
+  });
 }
 
 // Returns how many elements stand at the threshold or above, by accumulator times sign, or by magnitude where ``words``
