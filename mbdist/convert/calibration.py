@@ -88,13 +88,13 @@ def block_names(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return best
 
 
-def layers_by_block(model: nn.Module, layers: Iterable[str]) -> list[list[str]]:
-    """Names of the layers block by block, in model order; those outside of any block come first."""
+def layers_by_block(model: nn.Module, layers: Iterable[str]) -> dict[str | None, list[str]]:
+    """Names of the layers by block, in model order; those outside of any block come first, under None."""
     blocks = block_names(model, layers)
     groups: dict[str | None, list[str]] = {block: [] for block in (None, *blocks)}
     for name in layers:
         groups[next((block for block in blocks if name.startswith(f"{block}.")), None)].append(name)
-    return [names for names in groups.values() if names]
+    return groups
 
 
 @dataclass
@@ -144,15 +144,9 @@ class BlockWalk:
         self.batches = batches
         self.sequential = sequential
         self.follow_both = follow_both
-        self.blocks = block_names(model, layers)
-        self.outside: list[str] = []
-        self.layers_of: dict[str, list[str]] = {block: [] for block in self.blocks}
-        for names in layers_by_block(model, layers):
-            block = next((block for block in self.blocks if names[0].startswith(f"{block}.")), None)
-            if block is None:
-                self.outside = names
-            else:
-                self.layers_of[block] = names
+        self.layers_of = layers_by_block(model, layers)
+        self.outside = self.layers_of.pop(None)
+        self.blocks = list(self.layers_of)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[BlockCalibration]:

@@ -49,7 +49,9 @@ def convert_model(
     batches = list(calibration)
     moments = squared_moments(model, chosen, batches[:_SQUARED_BATCHES], dtype) if config.needs_calibration else {}
     planes = choose_planes(chosen, config, moments, spread)
-    blocks: Iterable[BlockCalibration] = [BlockCalibration(names, {}) for names in layers_by_block(model, chosen)]
+    blocks: Iterable[BlockCalibration] = [
+        BlockCalibration(names, {}) for names in layers_by_block(model, chosen).values()
+    ]
     if config.init == "calibrated":
         blocks = BlockWalk(model, chosen, batches, dtype, config.sequential, follow_both=config.reconstructs)
     for block in blocks:

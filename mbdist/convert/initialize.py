@@ -6,6 +6,7 @@ depend on how the jobs are spread: one after the other here (``in_turn``), or ov
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,10 +28,7 @@ class Spread(Protocol):
         """``function(*job)`` for every job, in the order of the jobs."""
 
 
-def in_turn(function: Callable[..., Any], jobs: Iterable[tuple]) -> Iterator[Any]:
-    """One job after the other in this process."""
-    for job in jobs:
-        yield function(*job)
+in_turn: Spread = itertools.starmap  # one job after the other in this process
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,27 @@ class Matrix:
     moments: LayerMoments | None  # where the initialisation is calibrated
 
 
-def _svid(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
-    return list(spread(svid, [(matrix.weight, matrix.num_planes) for matrix in matrices]))
+# (matrices of one block, spread) -> planes and scales of each
+Initialization = Callable[[Sequence[Matrix], Spread], list[PlaneSet]]
 
 
-def _joint(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
-    return list(spread(joint, [(matrix.weight, matrix.num_planes) for matrix in matrices]))
+def _from_weights(initialize: Callable[[torch.Tensor, int], PlaneSet]) -> Initialization:
+    """One that needs no data: a job a matrix."""
+    return lambda matrices, spread: list(spread(initialize, [(each.weight, each.num_planes) for each in matrices]))
 
 
 def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
-    squares = [(matrix.moments.input_squares, matrix.moments.output_squares) for matrix in matrices]
-    levels = list(
-        spread(levels_in_metric, [(m.weight, m.num_planes, *of) for m, of in zip(matrices, squares, strict=True)])
-    )
-    grams = {
-        id(matrix.moments.gram): matrix.moments.gram for matrix in matrices
-    }  # layers with the same inputs share it
+    whole = [
+        (each.weight, each.num_planes, each.moments.input_squares, each.moments.output_squares) for each in matrices
+    ]
+    levels = list(spread(levels_in_metric, whole))
+    # Layers with the same inputs share one X^T X, and so one metric.
+    grams = {id(each.moments.gram): each.moments.gram for each in matrices}
     metrics = dict(zip(grams, spread(OutputMetric.of, [(gram,) for gram in grams.values()]), strict=True))
     jobs, places = [], []
     for matrix, found in zip(matrices, levels, strict=True):
+        metric = metrics[id(matrix.moments.gram)]
         for rows in row_chunks(tuple(matrix.weight.shape)):
-            metric = metrics[id(matrix.moments.gram)]
             jobs.append((matrix.weight[rows], found.scale_out[:, rows].contiguous(), found.scale_in, metric))
             places.append((found, rows))
     for (found, rows), (planes, scale_out) in zip(places, spread(choose_signs, jobs), strict=True):
@@ -72,9 +70,8 @@ def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
     return [ordered_by_scale(found) for found in levels]
 
 
-# (matrices of one block, spread) -> planes and scales of each
-INITIALIZATIONS: dict[str, Callable[[Sequence[Matrix], Spread], list[PlaneSet]]] = {
-    "svid": _svid,
-    "joint": _joint,
+INITIALIZATIONS: dict[str, Initialization] = {
+    "svid": _from_weights(svid),
+    "joint": _from_weights(joint),
     "calibrated": _calibrated,
 }

@@ -49,36 +49,30 @@ def sweep(
             plane[rows] = pack_signs(sign)
         signed = [sign * part for sign in signs]  # B_k * W
         agreement = {pair: signs[pair[0]] * signs[pair[1]] for pair in itertools.combinations(range(num_planes), 2)}
-        row_normal = normal_equations(found.scale_in, len(part), agreement)
-        row_right = right_sides(found.scale_in, signed)
-        scale_out = least_squares(row_normal, row_right, found.scale_out[:, rows].T).T.contiguous()
+        of_rows = _problems(found.scale_in, signed, agreement)
+        scale_out = least_squares(*of_rows, found.scale_out[:, rows].T).T.contiguous()
         found.scale_out[:, rows] = scale_out
-        normal += normal_equations(scale_out, n, {pair: matrix.T for pair, matrix in agreement.items()})
-        right += right_sides(scale_out, [matrix.T for matrix in signed])
+        transposed = {pair: matrix.T for pair, matrix in agreement.items()}
+        of_columns = _problems(scale_out, [matrix.T for matrix in signed], transposed)
+        normal += of_columns[0]
+        right += of_columns[1]
     found.scale_in.copy_(least_squares(normal, right, found.scale_in.T).T)
 
 
-def normal_equations(
+def _problems(
     scales: torch.Tensor,  # (K, n) of the other side, which stay
-    m: int,
+    signed: list[torch.Tensor],  # K matrices (m, n): B_k * W
     agreement: dict[tuple[int, int], torch.Tensor],  # (m, n) by pair of planes k < l: B_k * B_l
-) -> torch.Tensor:
-    """sum_j B_k B_l s_k s_l of every row: (m, K, K)."""
-    num_planes = len(scales)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares of every row's scales: normal equations (m, K, K) sum_j B_k B_l s_k s_l, and right sides (m, K)
+    sum_j B_k s_k W."""
+    num_planes, m = len(signed), len(signed[0])
     normal = torch.empty(m, num_planes, num_planes)
     for k in range(num_planes):
         normal[:, k, k] = scales[k].square().sum()
     for (k, other), agrees in agreement.items():
         normal[:, k, other] = normal[:, other, k] = agrees @ (scales[k] * scales[other])
-    return normal
-
-
-def right_sides(
-    scales: torch.Tensor,  # (K, n) of the other side, which stay
-    signed: list[torch.Tensor],  # K matrices (m, n): B_k * W
-) -> torch.Tensor:
-    """sum_j B_k s_k W of every row: (m, K)."""
-    return torch.stack([matrix @ scale for matrix, scale in zip(signed, scales, strict=True)], dim=1)
+    return normal, torch.stack([matrix @ scale for matrix, scale in zip(signed, scales, strict=True)], dim=1)
 
 
 def least_squares(
