@@ -12,10 +12,7 @@ from mbdist.errors import RunError, UserError
 from mbdist.train.finish import finish_run
 from mbdist.train.run_folder import open_run_folder
 from mbdist.train.watch import RunWatcher
-
-# Ray sets these up on import: no phoning home, no metrics exporter for a run that ends in minutes.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+from mbdist_launch.ray_here import start_ray_here
 
 
 def launch_local(config: RunConfig) -> dict:
@@ -29,13 +26,7 @@ def launch_local(config: RunConfig) -> dict:
     workers = config.cluster.workers
     cores = len(os.sched_getaffinity(0))
     cpus_per_worker = config.cluster.cpus_per_worker or max(1, cores // workers)
-    ray.init(
-        address="local",
-        num_cpus=max(cores, workers * cpus_per_worker),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    start_ray_here(num_cpus=max(cores, workers * cpus_per_worker))
     try:
         use_gpus = _use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
         device = config.cluster.model_copy(update={"device": "cuda" if use_gpus else "cpu"})

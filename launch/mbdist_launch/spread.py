@@ -13,6 +13,7 @@ import torch
 
 from mbdist.convert.initialize import Spread
 from mbdist.errors import UserError
+from mbdist_launch.ray_here import QUIET, start_ray_here
 
 
 @contextmanager
@@ -22,15 +23,13 @@ def spread_over(workers: int) -> Iterator[Spread]:
     (tests hold it for layers of the size of small models). Raises UserError where RAY_ADDRESS cannot be reached."""
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         try:
-            ray.init(**quiet)
+            ray.init(**QUIET)
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
     else:
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+        start_ray_here(num_cpus=workers)
     try:
         task = ray.remote(num_cpus=1)(_on_one_core)
 

@@ -56,11 +56,15 @@ class Row:
 
 _NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
 
-
 _NO_FINETUNING = {"train.steps": 0}
 _NOT_RECONSTRUCTED = {"convert.reconstruction.steps": 0}
 _SCALES_ONLY_FINETUNED = {"boolean.step_size": 0.0}
 _SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, **_SCALES_ONLY_FINETUNED}
+
+
+def _longer(config: RunConfig) -> dict:
+    """Reconstruction goes over tokens too: a row without it gets as many more steps, and so does the float model."""
+    return {"train.steps": config.train.steps + config.convert.reconstruction.steps}
 
 
 def _architecture_rows(config: RunConfig) -> Iterator[Row]:
@@ -72,8 +76,7 @@ def _architecture_rows(config: RunConfig) -> Iterator[Row]:
     yield Row("other architecture", "float", measure_from_scratch, {}, (folder,))
     yield Row("other architecture", "calibrated", measure_run, {**model, **_NO_FINETUNING, **_NOT_RECONSTRUCTED})
     yield Row("other architecture", "reconstructed", measure_run, {**model, **_NO_FINETUNING})
-    longer = {"train.steps": config.train.steps + config.convert.reconstruction.steps}
-    yield Row("other architecture, finetuned", "float", measure_finetuned_float, {**model, **longer})
+    yield Row("other architecture, finetuned", "float", measure_finetuned_float, {**model, **_longer(config)})
     yield Row("other architecture, finetuned", "scales and bits", measure_run, model)
     yield Row("other architecture, finetuned", "scales only", measure_run, {**model, **_SCALES_ONLY})
 
@@ -100,9 +103,7 @@ def _paper() -> dict:
 
 
 def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
-    # Reconstruction goes over tokens too: a row without it gets as many more steps, and so does the float model.
-    longer = {"train.steps": config.train.steps + config.convert.reconstruction.steps}
-    paper = _paper()
+    longer, paper = _longer(config), _paper()
     yield Row("finetuned", "float", measure_finetuned_float, longer)
     for planes in (2, 3):
         at = {"convert.planes": planes}

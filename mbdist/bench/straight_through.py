@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from mbdist.config.schema import BooleanOptimizerConfig
 from mbdist.model.linear import MultiBooleanLinear, Signal
 from mbdist.optim import BooleanOptimizer, FlipReport
 from mbdist.optim.schedule import warmup_cosine
@@ -27,12 +26,11 @@ class StraightThrough(BooleanOptimizer):
     def __init__(
         self,
         layers: dict[str, MultiBooleanLinear],
-        config: BooleanOptimizerConfig,
         *arguments,
         weights: dict[str, torch.Tensor],  # (m, n): what the float model has there
         **keywords,
     ):
-        super().__init__(layers, config, *arguments, **keywords)
+        super().__init__(layers, *arguments, **keywords)
         if len(layers) < len(weights):  # those of one block
             self.latent_lr = self.reconstruction_lr
         for entry in self.accumulated:
@@ -81,7 +79,7 @@ class StraightThrough(BooleanOptimizer):
             new = pack_signs(latent.data)
             report.flips[name] = popcount(words ^ new)
             words.copy_(new)
-        self.curvature.absorb(self.curvature.tokens, self.gradient_scale)
+        self.curvature.discard()
         self.step_count += 1
         self.micro_batch = 0
         return report

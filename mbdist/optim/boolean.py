@@ -18,7 +18,6 @@ World size 1 runs the same code. Source of the rule: BOLD (arXiv 2405.16339, alg
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -32,6 +31,7 @@ from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear, Signal
 from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_rank
+from mbdist.optim.integration import Integration, integration
 from mbdist.optim.moves import Candidates, bit_moves, level_moves
 from mbdist.optim.schedule import warmup_cosine
 from mbdist_kernels import (
@@ -50,7 +50,6 @@ from mbdist_kernels import (
 )
 
 _LOTTERY = 1 << 32  # contribution number of the lottery's random bits: no micro-batch has it
-_EVIDENCE_CONTRIBUTIONS = 64  # rounding to int8 then adds half as much variance again to that of noise
 _RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
 
 
@@ -194,9 +193,7 @@ class BooleanOptimizer:
         if self.config.planes == "levels":
             scale_out, scale_in = scale_out.abs(), scale_in.abs()
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
-        eta = entry.step_size
-        if self.config.signal == "evidence":
-            eta /= math.sqrt(self._steps_summed())
+        eta = entry.step_size / self._integration().divisor
         return Signal(row * (eta / self.gradient_scale), column, flat[:used].view(layer.out_features, -1))
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
@@ -226,7 +223,7 @@ class BooleanOptimizer:
             entry.accumulator,
             signals,
             entry.beta_q15 if self.micro_batch == 0 else FIXED_ONE,
-            self._largest_contribution(),
+            self._integration().limit,
             keys,
             self._first_element(entry),
             self.format,
@@ -302,38 +299,17 @@ class BooleanOptimizer:
         for entry, cap, (found, flips, back) in zip(self.accumulated, caps, totals, strict=True):
             if self.config.adapt_step_size and cap > 0:
                 entry.step_size = adapted(entry.step_size, found / cap, self.config.step_size)
-            entry.beta_q15 = round(self._decay() * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
+            entry.beta_q15 = round(self._integration().decay * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
             report.candidates[entry.name], report.flips[entry.name], report.flipped_back[entry.name] = (
                 found,
                 flips,
                 back,
             )
 
-    def _steps_summed(self) -> int:
-        """``evidence``: the t of M = eta (r_1 + .. + r_t) / sqrt(t), r the signal in standard errors of a step, so that
-        M is in standard errors of the sum. Older steps fade beyond a fixed number of contributions: what one adds
-        shrinks with t, and below the accumulator's unit stochastic rounding would become the greater noise."""
-        steps = self.curvature.steps
-        if self.config.planes == "alternating":  # accumulators start anew with every plane's turn
-            steps = min(steps, self.step_count % self.config.alternate_every + 1)
-        return min(steps, self._evidence_window)
-
-    def _decay(self) -> float:
-        """What the next step keeps of an accumulator."""
-        if self.config.signal != "evidence":
-            return self.config.decay
-        following = min(self._steps_summed() + 1, self._evidence_window)
-        return math.sqrt((following - 1) / following)
-
-    @property
-    def _evidence_window(self) -> int:
-        return max(1, _EVIDENCE_CONTRIBUTIONS // (self.micro_batches * self.communicator.world_size))
-
-    def _largest_contribution(self) -> float:
-        """Bound on what one of the step's contributions may add. The noise of a sum grows with the root of their
-        number, so ``evidence`` bounds them by that."""
+    def _integration(self) -> Integration:
+        turn = self.step_count % self.config.alternate_every + 1
         contributions = self.micro_batches * self.communicator.world_size
-        return self.config.max_step / (math.sqrt(contributions) if self.config.signal == "evidence" else contributions)
+        return integration(self.config, self.curvature.steps, turn, contributions)
 
     def _predict(self, chosen: list[Candidates], report: FlipReport) -> None:
         """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by
