@@ -45,26 +45,31 @@ class Row:
 
     def depends_on(self, config: RunConfig) -> list:
         """What its result depends on; nothing of the optimizers and the loss where nothing is trained."""
-        trains = self.measure not in _NOT_TRAINED and config.train.steps > 0
-        sections = config.model_dump(
-            exclude={"run_dir"} if trains else {"run_dir", "boolean", "floats", "loss", "comm"}
-        )
+        sections = ["seed", "model", "convert", "data", "train"]
+        if self.measure not in _NOT_TRAINED and config.train.steps > 0:
+            sections += ["boolean", "floats", "loss", "comm"]
         if self.measure is measure_float:
-            del sections["convert"]
-        return [_FORMAT, self.group, self.name, self.arguments, sections]
+            sections.remove("convert")
+        return [_FORMAT, self.group, self.name, self.arguments, config.model_dump(include=set(sections))]
 
 
+_ABLATION_WINDOWS = 128  # of the evaluation text, where rows are compared with each other alone
+_TEN_BLOCKS = ["*.[0-9].*"]  # of a model's blocks, whatever it calls them
 _NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
 
 _NO_FINETUNING = {"train.steps": 0}
 _NOT_RECONSTRUCTED = {"convert.reconstruction.steps": 0}
-_SCALES_ONLY_FINETUNED = {"boolean.step_size": 0.0}
-_SCALES_ONLY = {"convert.reconstruction.step_size": 0.0, **_SCALES_ONLY_FINETUNED}
+_NO_FLIPS = {"boolean.step_size": 0.0}
 
 
 def _longer(config: RunConfig) -> dict:
-    """Reconstruction goes over tokens too: a row without it gets as many more steps, and so does the float model."""
+    """Steps of a row without reconstruction, which goes over tokens too."""
     return {"train.steps": config.train.steps + config.convert.reconstruction.steps}
+
+
+def _scales_only(config: RunConfig) -> dict:
+    """Without reconstruction, whose tokens scales use better in finetuning."""
+    return {**_NOT_RECONSTRUCTED, **_NO_FLIPS, **_longer(config)}
 
 
 def _architecture_rows(config: RunConfig) -> Iterator[Row]:
@@ -78,7 +83,7 @@ def _architecture_rows(config: RunConfig) -> Iterator[Row]:
     yield Row("other architecture", "reconstructed", measure_run, {**model, **_NO_FINETUNING})
     yield Row("other architecture, finetuned", "float", measure_finetuned_float, {**model, **_longer(config)})
     yield Row("other architecture, finetuned", "scales and bits", measure_run, model)
-    yield Row("other architecture, finetuned", "scales only", measure_run, {**model, **_SCALES_ONLY})
+    yield Row("other architecture, finetuned", "scales only", measure_run, {**model, **_scales_only(config)})
 
 
 def _start_rows(_config: RunConfig) -> Iterator[Row]:
@@ -108,60 +113,86 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
     for planes in (2, 3):
         at = {"convert.planes": planes}
         yield Row("finetuned", "scales and bits", measure_run, at)
-        yield Row("finetuned", "scales only", measure_run, {**at, **_SCALES_ONLY})
-        finetuned_longer = {**_NOT_RECONSTRUCTED, **_SCALES_ONLY_FINETUNED, **longer}
-        yield Row("finetuned", "scales only, not reconstructed", measure_run, {**at, **finetuned_longer})
+        yield Row("finetuned", "scales only", measure_run, {**at, **_scales_only(config)})
         yield Row("finetuned", "straight-through latents", measure_straight_through, at)
         yield Row("finetuned", "paper", measure_run, {**at, **paper, **longer})
 
 
+def _conversion_rows(config: RunConfig) -> Iterator[Row]:
+    """What conversion can do otherwise, one setting at a time."""
+    part = {"data.max_eval_windows": _ABLATION_WINDOWS, **_NO_FINETUNING}
+    few_blocks = {"convert.include": _TEN_BLOCKS, **part}
+
+    def row(name: str, changes: dict) -> Row:
+        return Row("ten blocks", name, measure_run, {**few_blocks, **changes})
+
+    def reconstruction(name: str, **settings) -> Row:
+        return row(f"reconstruction, {name}", {f"convert.reconstruction.{key}": x for key, x in settings.items()})
+
+    yield Row("ten blocks", "float", measure_float, part)
+    yield reconstruction("as configured")
+    yield reconstruction("scales only", step_size=0.0)
+    for planes in ("last", "all"):
+        yield reconstruction(f"planes {planes}", planes=planes)
+    for factor in (1 / 3, 3):
+        rate = config.convert.reconstruction.max_flip_rate * factor
+        yield reconstruction(f"cap {rate:.2g}", max_flip_rate=rate)
+        step_size = config.convert.reconstruction.step_size * factor
+        yield reconstruction(f"step size {step_size:.2g}", step_size=step_size)
+    for accumulator in ("int4", "fp32"):
+        yield reconstruction(f"accumulator {accumulator}", accumulator=accumulator)
+    yield row("not reconstructed", _NOT_RECONSTRUCTED)
+    yield row("not reconstructed, block after block", {"convert.sequential": True, **_NOT_RECONSTRUCTED})
+    for tokens in (8192, 131072):
+        calibration = {"convert.calibration_tokens": tokens}
+        yield row(f"not reconstructed, {tokens} tokens", {**calibration, **_NOT_RECONSTRUCTED})
+        steps = {"convert.reconstruction.steps": config.convert.reconstruction.steps * 2} if tokens > 32768 else {}
+        yield row(f"reconstruction on {tokens} tokens", {**calibration, **steps})
+
+
 def _ablation_rows(config: RunConfig) -> Iterator[Row]:
-    short = {"train.steps": config.train.steps // 2, "data.max_eval_windows": 128}
+    """What finetuning can do otherwise: starts by ways to train the bits, rules, planes."""
+    short = {"train.steps": config.train.steps // 2, "data.max_eval_windows": _ABLATION_WINDOWS}
+    curvature = {"boolean.signal": "curvature", "boolean.step_size": 0.05}
 
     def row(name: str, changes: dict) -> Row:
         return Row("ablation", name, measure_run, {**short, **changes})
 
-    yield row("as configured", {})
-    yield row("scales only", _SCALES_ONLY)
-    yield row("bits in reconstruction only", _SCALES_ONLY_FINETUNED)
-    yield row("bits in finetuning only", {"convert.reconstruction.step_size": 0.0})
-    yield row("not reconstructed", _NOT_RECONSTRUCTED)
-    for init in ("svid", "joint"):
-        yield row(f"init {init}", {"convert.init": init})
-        yield row(f"init {init}, scales only", {"convert.init": init, **_SCALES_ONLY})
-    for signal, step_size in (("curvature", 0.05), ("rms", 0.05), ("raw", 5e-3)):
-        yield row(f"signal {signal}", {"boolean.signal": signal, "boolean.step_size": step_size})
-    for errors in (3, 4):
-        yield row(f"evidence of {errors} standard errors", {"boolean.step_size": 1 / errors})
-    for cap in (1e-4, 1e-3):
-        yield row(f"cap {cap:g}", {"boolean.max_flip_rate": cap})
-    for limit in (0.0625, 0.25):
-        yield row(f"max_step {limit:g}", {"boolean.max_step": limit})
-    for planes in ("levels", [0], "all", "alternating"):
-        yield row(f"planes {planes}", {"boolean.planes": planes})
-    for kind in ("int4", "fp32"):
-        curvature = {"boolean.signal": "curvature", "boolean.step_size": 0.05}  # beside the row of that name
-        yield row(f"signal curvature, accumulator {kind}", {"boolean.accumulator": kind, **curvature})
-    for planes in ("last", "all"):
-        yield row(f"reconstruction, planes {planes}", {"convert.reconstruction.planes": planes, **_NO_FINETUNING})
-    for rate in (2e-3, 1.2e-2):
-        changes = {"convert.reconstruction.max_flip_rate": rate, **_NO_FINETUNING}
-        yield row(f"reconstruction, cap {rate:g}", changes)
-    for tokens in (8192, 131072):
-        steps = {"convert.calibration_tokens": tokens, **_NO_FINETUNING}
-        yield row(f"calibrated on {tokens} tokens", {**steps, **_NOT_RECONSTRUCTED})
-        yield row(f"reconstructed on {tokens} tokens", {**steps, "convert.reconstruction.steps": 64})
-    yield row("calibrated block after block", {"convert.sequential": True, **_NOT_RECONSTRUCTED, **_NO_FINETUNING})
+    yield Row("ablation", "float", measure_finetuned_float, short | {"train.steps": _longer(config)["train.steps"]})
+    for start, changes in (
+        ("reconstructed", {}),
+        ("calibrated", _NOT_RECONSTRUCTED),
+        ("joint", {"convert.init": "joint"}),
+        ("svid", {"convert.init": "svid"}),
+    ):
+        yield row(f"{start}, scales only", {**changes, **_NO_FLIPS})
+        yield row(f"{start}, evidence", changes)
+        yield row(f"{start}, curvature", {**changes, **curvature})
+    yield row("reconstructed, evidence of 3 standard errors", {"boolean.step_size": 1 / 3})
+    for signal, step_size in (("rms", 0.05), ("raw", 5e-3)):
+        yield row(f"reconstructed, {signal}", {"boolean.signal": signal, "boolean.step_size": step_size})
+    for rate in (1e-4, 1e-3):
+        yield row(f"reconstructed, curvature, cap {rate:g}", {**curvature, "boolean.max_flip_rate": rate})
+    for planes in ("levels", "all", "alternating"):
+        yield row(f"reconstructed, curvature, planes {planes}", {**curvature, "boolean.planes": planes})
+    for accumulator in ("int4", "fp32"):
+        yield row(f"reconstructed, curvature, {accumulator}", {**curvature, "boolean.accumulator": accumulator})
+
+
+def _allocation_rows(_config: RunConfig) -> Iterator[Row]:
+    """A budget of bits spread over the matrices, beside the same number of planes everywhere (group ``start``)."""
     for bits in (2.0, 2.5, 3.0):
         for rule in ("second_order", "residual"):
-            changes = {"convert.bits": bits, "convert.allocation": rule, **_NO_FINETUNING}
-            yield row(f"{bits} bits, {rule}", changes)
+            changes = {"convert.bits": bits, "convert.allocation": rule, **_NOT_RECONSTRUCTED, **_NO_FINETUNING}
+            yield Row("start", f"calibrated, {rule.replace('_', '-')} allocation", measure_run, changes)
 
 
 GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "start": _start_rows,
     "finetuned": _finetuned_rows,
+    "allocation": _allocation_rows,
     "architecture": _architecture_rows,
+    "conversion": _conversion_rows,
     "ablation": _ablation_rows,
 }
 
@@ -192,10 +223,7 @@ def _name_references(rows: list[dict]) -> None:
     float model finetuned on the same tokens, None until that row is there."""
     references = {(row["group"], row["tokens"]): row["perplexity"] for row in rows if row["name"] == "float"}
     for row in rows:
-        group = row["group"]
-        if group == "ablation":
-            group = "finetuned" if row["tokens"] else "start"
-        row["float_perplexity"] = references.get((group, row["tokens"]))
+        row["float_perplexity"] = references.get((row["group"], row["tokens"]))
 
 
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:

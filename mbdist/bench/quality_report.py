@@ -62,7 +62,7 @@ def draw(rows: list[dict], picture: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["group"] != "ablation" and row["name"] != "float" and row.get("float_perplexity"):
+        if row["group"] in ("start", "finetuned") and row["name"] != "float" and row.get("float_perplexity"):
             label = f"{row['name']}, finetuned" if row["tokens"] else row["name"]
             curves.setdefault(label, []).append((row["bits"], row["perplexity"] / row["float_perplexity"]))
     for label, points in curves.items():

@@ -44,7 +44,10 @@ def quality(
         "configs/quality.yaml"
     ),
     group: Annotated[
-        list[str] | None, typer.Option(help="start, finetuned, architecture, ablation; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help="start, finetuned, allocation, architecture, conversion, ablation; repeatable. Default: all."
+        ),
     ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="Results; rows that stand there are kept.")] = Path(
         "docs/benchmarks/quality.json"

@@ -75,6 +75,8 @@ class ReconstructionConfig(_Section):
     """As in `boolean.step_size`, with `boolean.signal: curvature`; 0 trains scales alone."""
     max_flip_rate: Annotated[float, Field(ge=0, le=1)] = 6e-3
     """As in `boolean.max_flip_rate`: errors of a block are seen so well that far more may flip here."""
+    accumulator: Literal["int8", "int4", "fp32"] = "int8"
+    """As in `boolean.accumulator`."""
 
 
 class ConvertConfig(_Section):

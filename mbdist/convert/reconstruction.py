@@ -44,6 +44,7 @@ def reconstruct(
             signal="curvature",
             step_size=config.step_size,
             max_flip_rate=config.max_flip_rate,
+            accumulator=config.accumulator,
         ),
         CommConfig(),
         comm,
