@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the commands beside this Python
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched in a test
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU here; read when they are defined
 
 import pytest
 
@@ -28,13 +30,16 @@ def tokenizer():
     return models.small_tokenizer()
 
 
-@pytest.fixture(params=["torch", "native"])
+@pytest.fixture(params=["torch", "native", "triton"])
 def implementation(request, monkeypatch):
-    """Runs a test on the torch versions and on the CPU accelerator."""
-    from mbdist_kernels import native
+    """Runs a test on the torch versions, on the CPU accelerator and on the kernels in Triton's interpreter."""
+    from mbdist_kernels import library, native
 
-    if request.param == "torch":
-        monkeypatch.setattr(native, "serves", lambda *tensors: False)
-    elif native.accelerator() is None:
-        pytest.skip("no compiler for the CPU accelerator")
-    return request.param
+    if request.param == "native":
+        if native.accelerator() is None:
+            pytest.skip("no compiler for the CPU accelerator")
+        yield request.param
+        return
+    monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    with library.kernels_on_cpu() if request.param == "triton" else nullcontext():
+        yield request.param

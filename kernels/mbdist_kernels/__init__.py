@@ -1,7 +1,11 @@
-"""Operations on packed Boolean planes. Knows tensors, not models; needs torch alone."""
+"""Operations on packed Boolean planes. Knows tensors, not models; needs torch and triton alone.
 
-from mbdist_kernels.dequantize import dequantize, reused_scratch
+An operation a file: its kernel, its version for the CPU, and the plain torch version that both are held to.
+"""
+
+from mbdist_kernels.dequantize import dequantize
 from mbdist_kernels.error_feedback import feed_errors_forward
+from mbdist_kernels.flip_codec import flip_apply_sparse, flip_encode_sparse
 from mbdist_kernels.flip_update import (
     ACCUMULATOR_FORMATS,
     FIXED_ONE,
@@ -14,10 +18,25 @@ from mbdist_kernels.flip_update import (
     find_candidates,
     flip_mask,
 )
-from mbdist_kernels.layout import WORD_BITS, pack_signs, popcount, unpack_bits, unpack_signs, words_per_row
-from mbdist_kernels.linear_backward import column_square_sums, scale_gradients_and_signals
+from mbdist_kernels.layout import WORD_BITS, words_per_row
+from mbdist_kernels.linear_backward import (
+    Signal,
+    column_square_sums,
+    linear_backward_input,
+    linear_backward_weight,
+    scale_gradients_and_signals,
+)
+from mbdist_kernels.linear_decode import linear_decode
+from mbdist_kernels.linear_forward import linear_forward
 from mbdist_kernels.nearest_levels import nearest_levels, signs_of_codes
+from mbdist_kernels.pack import pack_signs
+from mbdist_kernels.popcount import popcount
 from mbdist_kernels.random import fold_key, random_bits
+from mbdist_kernels.scratch import reused_scratch
+from mbdist_kernels.signal_codec import signal_accumulate, signal_encode
+from mbdist_kernels.unpack import unpack_bits, unpack_signs
+from mbdist_kernels.vote import vote
+from mbdist_kernels.xor_apply import xor_apply
 
 __all__ = [
     "ACCUMULATOR_FORMATS",
@@ -27,22 +46,33 @@ __all__ = [
     "TOP_RANK",
     "WORD_BITS",
     "AccumulatorFormat",
+    "Signal",
     "accumulate_signal",
     "column_square_sums",
     "dequantize",
     "draw_tickets",
     "feed_errors_forward",
     "find_candidates",
+    "flip_apply_sparse",
+    "flip_encode_sparse",
     "flip_mask",
     "fold_key",
+    "linear_backward_input",
+    "linear_backward_weight",
+    "linear_decode",
+    "linear_forward",
     "nearest_levels",
     "pack_signs",
     "popcount",
     "random_bits",
     "reused_scratch",
     "scale_gradients_and_signals",
+    "signal_accumulate",
+    "signal_encode",
     "signs_of_codes",
     "unpack_bits",
     "unpack_signs",
+    "vote",
     "words_per_row",
+    "xor_apply",
 ]

@@ -1,36 +1,27 @@
 """W_hat = sum_k B_k * outer(s_out_k, s_in_k): packed planes and scales to a dense matrix, in one pass.
 
 The sum over planes is taken in fp32 in the order k = 0, 1, ... without fused multiply-add and rounded once, so the CPU
-accelerator and the torch version give the same bits.
+accelerator, the torch version and the kernel give the same bits.
+
+Worked example: one row with planes +1 -1 and +1 +1, s_out = 2, 1 and s_in = (1, 3), (0.5, 0.5) is
+2 * (1, -3) + (0.5, 0.5) = (2.5, -5.5).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.layout import unpack_signs
+from mbdist_kernels.bits import as_bits, bits_of_float, signed
+from mbdist_kernels.launch import blocks, settings
+from mbdist_kernels.library import operation
+from mbdist_kernels.unpack import unpack_signs
 
 _CHUNK_ELEMENTS = 1 << 22  # rows unpacked at a time where no accelerator serves: bounds the temporaries
-_scratch = threading.local()  # two threads that serve models must not write into one buffer
-
-
-def reused_scratch(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A flat buffer of at least ``num_elements``, shared by all layers of the device: valid until the next call in
-    this thread (and, on a GPU, this stream).
-
-    One layer's weight is dense at a time, so one buffer as large as the largest layer serves a whole model.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffers = _scratch.__dict__.setdefault("buffers", {})
-    buffer = buffers.get((device, dtype, stream))
-    if buffer is None or buffer.numel() < num_elements:
-        with torch.inference_mode(False):  # an inference tensor could not be written to in training later
-            buffer = buffers[device, dtype, stream] = torch.empty(num_elements, dtype=dtype, device=device)
-    return buffer[:num_elements]
 
 
 def dequantize(
@@ -41,25 +32,95 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Dense W_hat (m, n) in ``out`` (or a new tensor of ``dtype``)."""
-    m, n = scale_out.shape[1], scale_in.shape[1]
     if out is None:
-        out = torch.empty(m, n, dtype=dtype, device=scale_out.device)
+        out = torch.empty(scale_out.shape[1], scale_in.shape[1], dtype=dtype, device=scale_out.device)
+    _dequantize(planes, scale_out, scale_in, out)
+    return out
+
+
+def dequantize_cpu(
+    planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor, out: torch.Tensor
+) -> None:
+    """By the accelerator, or in chunks of rows."""
     if native.serves(out) and native.takes_scales(scale_out, scale_in):
         native.dequantize(planes, scale_out, scale_in, out)
-        return out
+        return
+    m, n = out.shape
     rows_at_a_time = max(1, _CHUNK_ELEMENTS // n)
     for first in range(0, m, rows_at_a_time):
         rows = slice(first, first + rows_at_a_time)
         out[rows] = dequantize_reference([plane[rows] for plane in planes], scale_out[:, rows], scale_in)
-    return out
 
 
 def dequantize_reference(
     planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
 ) -> torch.Tensor:
-    """The same in plain torch, in the scales' own dtype: the oracle, and the path where no accelerator serves."""
+    """In plain torch, in the scales' own dtype."""
     n = scale_in.shape[1]
     dense = torch.zeros(scale_out.shape[1], n, dtype=scale_out.dtype, device=scale_out.device)
     for plane, out_k, in_k in zip(planes, scale_out, scale_in, strict=True):
         dense += out_k[:, None] * (unpack_signs(plane, n, scale_in.dtype) * in_k)
     return dense
+
+
+def dequantize_triton(
+    planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor, out: torch.Tensor
+) -> None:
+    """On a GPU; scales of another dtype than fp32 are cast."""
+    (m, n), width = out.shape, planes[0].shape[1]
+    chosen = settings("dequantize", {"BLOCK_ROWS": 8, "BLOCK_WORDS": 16, "num_warps": 4}, f"K={len(planes)}")
+    if out.dtype not in (torch.float32, torch.bfloat16):
+        out.copy_(dequantize(planes, scale_out, scale_in))
+    elif out.numel():
+        _dequantize_kernel[blocks(m, width, chosen)](
+            tuple(plane.contiguous() for plane in planes),
+            scale_out.float().contiguous(),
+            scale_in.float().contiguous(),
+            as_bits(out),
+            m,
+            n,
+            width,
+            PLANES=len(planes),
+            SIXTEEN=out.dtype == torch.bfloat16,
+            enable_fp_fusion=False,
+            **chosen,
+        )
+
+
+@triton.jit
+def _dequantize_kernel(
+    planes,  # K of (m, W)
+    scale_out,  # (K, m)
+    scale_in,  # (K, n)
+    out,  # (m, n) as integers
+    num_rows,
+    num_columns,
+    row_words,
+    PLANES: tl.constexpr,
+    SIXTEEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    shift = tl.arange(0, 32)
+    column = word[:, None] * 32 + shift[None, :]
+    in_rows = row < num_rows
+    in_words = in_rows[:, None] & (word < row_words)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_WORDS, 32), tl.float32)
+    for k in tl.static_range(PLANES):
+        packed = tl.load(planes[k] + row[:, None] * row_words + word[None, :], mask=in_words, other=0)
+        of_row = tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)
+        of_column = tl.load(scale_in + k * num_columns + column, mask=column < num_columns, other=0.0)
+        total += of_row[:, None, None] * signed(of_column[None], packed[:, :, None], shift[None, None, :])
+    target = out + row[:, None, None] * num_columns + column[None]
+    inside = in_rows[:, None, None] & (column < num_columns)[None]
+    tl.store(target, bits_of_float(total, SIXTEEN), mask=inside)
+
+
+_dequantize = operation(
+    "dequantize(Tensor[] planes, Tensor scale_out, Tensor scale_in, Tensor(a!) out) -> ()",
+    cpu=dequantize_cpu,
+    cuda=dequantize_triton,
+    fake=lambda planes, scale_out, scale_in, out: None,
+)

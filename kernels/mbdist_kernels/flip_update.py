@@ -19,10 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.layout import WORD_BITS, unpack_bits
-from mbdist_kernels.random import random_bits
+from mbdist_kernels.launch import settings
+from mbdist_kernels.layout import WORD_BITS
+from mbdist_kernels.library import operation
+from mbdist_kernels.pack import pack_signs
+from mbdist_kernels.random import random_bits, random_bits_of_pairs
+from mbdist_kernels.unpack import unpack_bits
 
 FIXED_ONE = 1 << 15  # Q15
 THRESHOLD = 64  # ranks of flip candidates go from here ..
@@ -46,10 +52,10 @@ ACCUMULATOR_FORMATS = {"int8": INT8, "int4": INT4, "fp32": FP32}
 
 
 def accumulate_signal(
-    accumulator: torch.Tensor,  # (E,) of the format's dtype, changed in place
+    accumulator: torch.Tensor,  # (E,) of the format's dtype, E a multiple of 32; changed in place
     signals: torch.Tensor,  # (C, E) fp32: C contributions in the order in which they count; units of the threshold
     beta_q15: int,  # decay, applied once, before the first contribution
-    limit: float,  # most that one contribution may add, units of the threshold
+    limit: float,  # most that one contribution may add, units of the threshold; below 2
     keys: list[int],  # C keys, one a contribution
     first_element: int,  # global index of accumulator[0]; a multiple of 32
     form: AccumulatorFormat = INT8,
@@ -62,16 +68,92 @@ def accumulate_signal(
             beta_q15 = FIXED_ONE
         return
     unit = form.threshold * FIXED_ONE
-    limit_q = round(limit * unit)
+    _accumulate(accumulator, signals, beta_q15, round(limit * unit), keys, first_element, unit, form.bound)
+
+
+def _accumulate_cpu(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound):
     if native.serves(signals, accumulator):
-        native.accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, form.bound)
-        return
+        native.accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound)
+    else:
+        accumulate_reference(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound)
+
+
+def accumulate_reference(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
+    """In plain torch: fixed-point accumulators; ``limit_q`` in units of 2^-15, ``unit`` of them to the threshold."""
     for signal, key in zip(signals, keys, strict=True):
         wanted = (signal * float(unit)).nan_to_num(0.0).clamp(-limit_q, limit_q).round().int()
         elements = torch.arange(first_element, first_element + signal.numel(), device=signal.device)
         moved = (accumulator.int() * beta_q15 + wanted + random_bits(key, elements)) >> 15
-        accumulator.copy_(moved.clamp(-form.bound, form.bound))
+        accumulator.copy_(moved.clamp(-bound, bound))
         beta_q15 = FIXED_ONE
+
+
+def accumulate_triton(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
+    """On a GPU; arguments as in ``accumulate_reference``."""
+    elements = accumulator.numel()
+    chosen = settings("flip_update", {"BLOCK": 2048, "num_warps": 4})
+    if not elements:
+        return
+    # Keys as int32 bits: torch has next to no unsigned arithmetic.
+    of_contribution = torch.tensor(keys, dtype=torch.int64).to(torch.int32).to(signals.device, non_blocking=True)
+    _accumulate_kernel[(-(-elements // chosen["BLOCK"]),)](
+        accumulator,
+        signals.contiguous(),
+        of_contribution,
+        elements,
+        first_element // 2,
+        beta_q15,
+        limit_q,
+        bound,
+        UNIT=float(unit),
+        CONTRIBUTIONS=len(signals),
+        enable_fp_fusion=False,
+        **chosen,
+    )
+
+
+@triton.jit
+def _accumulate_kernel(
+    accumulator,  # (E,) int8
+    signals,  # (C, E) fp32
+    keys,  # (C,) int32
+    num_elements,
+    first_pair,
+    beta_q15,
+    limit_q,
+    bound,
+    UNIT: tl.constexpr,
+    CONTRIBUTIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    inside = at < num_elements
+    pair = first_pair + start // 2 + tl.arange(0, BLOCK // 2)
+    state = tl.load(accumulator + at, mask=inside, other=0).to(tl.int32)
+    limit = limit_q.to(tl.float32)
+    beta = beta_q15
+    for c in tl.static_range(CONTRIBUTIONS):
+        signal = tl.load(signals + c * num_elements.to(tl.int64) + at, mask=inside, other=0.0)
+        wanted = signal * UNIT
+        wanted = tl.where(wanted == wanted, wanted, 0.0)
+        wanted = tl.minimum(tl.maximum(wanted, -limit), limit)
+        # Round to nearest even by the magic number 1.5 * 2^23, as |wanted| < 2^22.
+        whole = ((wanted + 12582912.0) - 12582912.0).to(tl.int32)
+        random = random_bits_of_pairs(tl.load(keys + c).to(tl.uint32, bitcast=True), pair).reshape(BLOCK)
+        state = (state * beta + whole + random) >> 15
+        state = tl.minimum(tl.maximum(state, -bound), bound)
+        beta = 32768
+    tl.store(accumulator + at, state.to(tl.int8), mask=inside)
+
+
+_accumulate = operation(
+    "accumulate_signal(Tensor(a!) accumulator, Tensor signals, int beta_q15, int limit_q, int[] keys, "
+    "int first_element, int unit, int bound) -> ()",
+    cpu=_accumulate_cpu,
+    cuda=accumulate_triton,
+    fake=lambda *arguments: None,
+)
 
 
 def find_candidates(
@@ -84,12 +166,75 @@ def find_candidates(
     if native.serves(accumulator) and accumulator.dtype == torch.int8:
         found, values = native.find_candidates(accumulator, words, form.threshold)
     else:
-        rank = accumulator.float()  # int8 would wrap in a comparison with 128
-        rank = rank.abs() if words is None else torch.where(unpack_bits(words.reshape(1, -1))[0], -rank, rank)
-        found = (rank >= form.threshold).nonzero().flatten().int()
+        found = elements_of_mask(candidate_mask(accumulator, words, form))
         values = accumulator[found]
     in_units = values * (THRESHOLD / form.threshold)
     return found, in_units.clamp(-TOP_RANK, TOP_RANK).to(torch.int8)
+
+
+def candidate_mask(
+    accumulator: torch.Tensor, words: torch.Tensor | None, form: AccumulatorFormat = INT8
+) -> torch.Tensor:
+    """Bit 1 at the elements that ``find_candidates`` names: int32 (E / 32,)."""
+    return _candidate_mask(accumulator, words, form.threshold)
+
+
+def candidate_mask_reference(accumulator: torch.Tensor, words: torch.Tensor | None, threshold: int) -> torch.Tensor:
+    """In plain torch."""
+    rank = accumulator.float()  # int8 would wrap in a comparison with 128
+    rank = rank.abs() if words is None else torch.where(unpack_bits(words.reshape(1, -1))[0], -rank, rank)
+    return pack_signs(torch.where(rank >= threshold, -1.0, 1.0)[None])[0]
+
+
+def candidate_mask_triton(accumulator: torch.Tensor, words: torch.Tensor | None, threshold: int) -> torch.Tensor:
+    """On a GPU: one pass over accumulators and words."""
+    num_words = accumulator.numel() // WORD_BITS
+    mask = torch.empty(num_words, dtype=torch.int32, device=accumulator.device)
+    chosen = settings("candidate_mask", {"BLOCK_WORDS": 64, "num_warps": 4})
+    if num_words:
+        _candidate_kernel[(-(-num_words // chosen["BLOCK_WORDS"]),)](
+            accumulator,
+            mask if words is None else words.contiguous(),
+            mask,
+            num_words,
+            threshold,
+            BY_SIZE=words is None,
+            **chosen,
+        )
+    return mask
+
+
+@triton.jit
+def _candidate_kernel(accumulator, words, mask, num_words, threshold, BY_SIZE: tl.constexpr, BLOCK_WORDS: tl.constexpr):
+    word = tl.program_id(0).to(tl.int64) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    inside = word < num_words
+    shift = tl.arange(0, 32)
+    at = word[:, None] * 32 + shift[None, :]
+    rank = tl.load(accumulator + at, mask=inside[:, None], other=0).to(tl.float32)
+    if BY_SIZE:
+        rank = tl.abs(rank)
+    else:
+        packed = tl.load(words + word, mask=inside, other=0)
+        rank = tl.where((packed[:, None] >> shift[None, :]) & 1 == 1, -rank, rank)
+    found = tl.sum((rank >= threshold).to(tl.int32) << shift[None, :], 1)
+    tl.store(mask + word, found, mask=inside)
+
+
+_candidate_mask = operation(
+    "candidate_mask(Tensor accumulator, Tensor? words, int threshold) -> Tensor",
+    cpu=candidate_mask_reference,
+    cuda=candidate_mask_triton,
+    fake=lambda accumulator, words, threshold: accumulator.new_empty(accumulator.numel() // 32, dtype=torch.int32),
+)
+
+
+def elements_of_mask(
+    mask: torch.Tensor,  # (W,) int32
+) -> torch.Tensor:
+    """The elements whose bit is 1, in order: int32. On a GPU it waits for their number."""
+    words = mask.nonzero()[:, 0]  # few: bits are looked for in these alone
+    which, bit = unpack_bits(mask[words, None]).nonzero(as_tuple=True)
+    return (words[which] * WORD_BITS + bit).int()
 
 
 def draw_tickets(

@@ -1,50 +1,249 @@
-"""From the dense weight gradient of a few rows to what the method keeps of it: scale gradients and the signal.
+"""Backward of a multi-Boolean linear layer: dX, and of the weight gradient G what the method keeps.
 
-With G = dL/dW_hat (m x n) of a linear layer (arXiv 2505.22811, section 4):
+With G = dL/dW_hat = dY^T X (m x n), summed over tokens (arXiv 2505.22811, section 4):
 
     dL/ds_out_k = (G * B_k) s_in_k          dL/ds_in_k = (G * B_k)^T s_out_k          for every plane k
     signal      = G * outer(row_factor, column_factor)                                 for every accumulator
 
 ``row_factor = s_out_t, column_factor = s_in_t`` gives the Boolean variation signal q = dL/dB_t of the paper; the
 curvature-normalised signal q / (s^2 h) is another choice of the same two vectors, because s and h are rank-1.
+
+G of a whole matrix is never in memory: the library's product writes a chunk of its rows into a reused buffer that
+stays in a GPU's L2, and one streaming pass turns the chunk into scale gradients and signals. Sums are taken block by
+block in a fixed order, without atomics, so a result repeats bit for bit on a device.
+
+Worked example of the pass, K = 1: G = (2, -1), B = +1 -1, s_out = 3, s_in = (1, 4) give dL/ds_out = 2 * 1 + 1 * 4 = 6
+and dL/ds_in = (6, 3); with factors 1 the signal is G, its sign word 0b10, its magnitude (mean of |signal|) 1.5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.layout import unpack_signs, words_per_row
+from mbdist_kernels.bits import as_bits, float_of_bits, signed
+from mbdist_kernels.dequantize import dequantize
+from mbdist_kernels.launch import blocks, settings
+from mbdist_kernels.layout import WORD_BITS, words_per_row
+from mbdist_kernels.library import operation
+from mbdist_kernels.pack import pack_signs
+from mbdist_kernels.scratch import reused_scratch
+from mbdist_kernels.unpack import unpack_signs
+
+_CHUNK_BYTES = 16 << 20  # rows of G computed at a time: stays in a GPU's L2, bounded for any matrix
+
+
+@dataclass
+class Signal:
+    """What is wanted of a weight gradient G: ``G * outer(row_factor, column_factor)``, to be written, as it is or as
+    signs and one magnitude a row."""
+
+    row_factor: torch.Tensor  # (m,) fp32
+    column_factor: torch.Tensor  # (n,) fp32
+    values: torch.Tensor | None = None  # (m, 32 W) fp32; padding columns get 0
+    words: torch.Tensor | None = None  # (m, W) int32, in place of values: the signs
+    magnitudes: torch.Tensor | None = None  # (m,) fp32, with words: mean of the row's absolute values
+
+    def rows(self, rows: slice) -> Signal:
+        """That of some rows of G, the same memory."""
+        wanted = (None if t is None else t[rows] for t in (self.values, self.words, self.magnitudes))
+        return Signal(self.row_factor[rows], self.column_factor, *wanted)
+
+
+def linear_backward_input(
+    dy: torch.Tensor,  # (T, m) fp32 or bf16
+    planes: Sequence[torch.Tensor],  # K tensors (m, W) int32
+    scale_out: torch.Tensor,  # (K, m) fp32
+    scale_in: torch.Tensor,  # (K, n) fp32
+) -> torch.Tensor:
+    """dX = dY W_hat (T, n), the weight dense in scratch memory."""
+    weight = reused_scratch(scale_out.shape[1] * scale_in.shape[1], dy.dtype, dy.device).view(-1, scale_in.shape[1])
+    return dy @ dequantize(planes, scale_out, scale_in, out=weight)
+
+
+def linear_backward_weight(
+    dy: torch.Tensor,  # (T, m) fp32 or bf16
+    x: torch.Tensor,  # (T, n), the same dtype
+    planes: Sequence[torch.Tensor],  # K tensors (m, W) int32
+    scale_out: torch.Tensor,  # (K, m) fp32
+    scale_in: torch.Tensor,  # (K, n) fp32
+    signals: Sequence[Signal] = (),  # written
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dL/ds_out (K, m), dL/ds_in (K, n)), fp32."""
+    m, n = scale_out.shape[1], scale_in.shape[1]
+    grad_out, grad_in = torch.empty_like(scale_out), torch.zeros_like(scale_in)
+    rows_at_a_time = max(WORD_BITS, _CHUNK_BYTES // (n * dy.element_size()))
+    buffer = reused_scratch(min(rows_at_a_time, m) * n, dy.dtype, dy.device)
+    for first in range(0, m, rows_at_a_time):
+        rows = slice(first, min(first + rows_at_a_time, m))
+        chunk = buffer[: (rows.stop - first) * n].view(-1, n)
+        torch.mm(dy[:, rows].T, x, out=chunk)
+        scale_gradients_and_signals(
+            chunk,
+            [plane[rows] for plane in planes],
+            scale_out[:, rows],
+            scale_in,
+            grad_out[:, rows],
+            grad_in,
+            [signal.rows(rows) for signal in signals],
+        )
+    return grad_out, grad_in
 
 
 def scale_gradients_and_signals(
-    gradient: torch.Tensor,  # (rows, n) fp32 or bf16: G of these rows
+    gradient: torch.Tensor,  # (rows, n) fp32 or bf16, contiguous: G of these rows
     planes: Sequence[torch.Tensor],  # K tensors (rows, W) int32
     scale_out: torch.Tensor,  # (K, rows) fp32
     scale_in: torch.Tensor,  # (K, n) fp32
     grad_scale_out: torch.Tensor,  # (K, rows) fp32, written
     grad_scale_in: torch.Tensor,  # (K, n) fp32, added to
-    signals: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (),
+    signals: Sequence[Signal] = (),  # all in one form; written
 ) -> None:
-    """One streaming pass over G. Each of ``signals`` is (row_factor (rows,), column_factor (n,), signal (rows, 32 W)),
-    fp32; the signal is written, 0 in its padding columns."""
+    """One streaming pass over G."""
+    _epilogue(
+        gradient,
+        planes,
+        scale_out,
+        scale_in,
+        grad_scale_out,
+        grad_scale_in,
+        [signal.row_factor for signal in signals],
+        [signal.column_factor for signal in signals],
+        [signal.values for signal in signals if signal.values is not None],
+        [signal.words for signal in signals if signal.words is not None],
+        [signal.magnitudes for signal in signals if signal.magnitudes is not None],
+    )
+
+
+def _epilogue_cpu(
+    gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values, words, magnitudes
+):
+    n = scale_in.shape[1]
+    if words:
+        shape = (len(gradient), words_per_row(n) * WORD_BITS)
+        values = [torch.empty(shape, device=gradient.device) for _ in words]
     if native.serves(gradient) and native.takes_scales(scale_out, scale_in):
-        native.scale_gradients_and_signals(
-            gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, signals
+        targets = list(zip(row_factors, column_factors, values, strict=True))
+        native.scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_out, grad_in, targets)
+    else:
+        epilogue_reference(
+            gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values
         )
-        return
+    for signal, signs, sizes in zip(values, words, magnitudes, strict=False):
+        signs.copy_(pack_signs(signal))
+        sizes.copy_(signal.abs().sum(1) / n)
+
+
+def epilogue_reference(
+    gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values
+) -> None:
+    """In plain torch, signals as values; arguments as in ``scale_gradients_and_signals``."""
     n = scale_in.shape[1]
     dense = gradient.to(scale_out.dtype)
     for k, plane in enumerate(planes):
-        signed = dense * unpack_signs(plane, n, dense.dtype)
-        grad_scale_out[k] = signed @ scale_in[k]
-        grad_scale_in[k] += scale_out[k] @ signed
-    for row_factor, column_factor, signal in signals:
+        signed_gradient = dense * unpack_signs(plane, n, dense.dtype)
+        grad_out[k] = signed_gradient @ scale_in[k]
+        grad_in[k] += scale_out[k] @ signed_gradient
+    for row_factor, column_factor, signal in zip(row_factors, column_factors, values, strict=True):
         signal[:, :n] = dense * row_factor[:, None] * column_factor
-        if n < words_per_row(n) * 32:
-            signal[:, n:] = 0
+        signal[:, n:] = 0
+
+
+def epilogue_triton(
+    gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values, words, magnitudes
+) -> None:
+    """On a GPU. Arguments as in ``scale_gradients_and_signals``."""
+    (m, n), width, count = gradient.shape, planes[0].shape[1], len(planes)
+    chosen = settings("linear_backward", {"BLOCK_ROWS": 32, "BLOCK_WORDS": 4, "num_warps": 4}, f"K={count}")
+    grid = blocks(m, width, chosen)
+    device = gradient.device
+    out_parts = torch.empty(count, grid[1], m, device=device)
+    in_parts = torch.empty(count, grid[0], n, device=device)
+    size_parts = torch.empty(len(words), grid[1], m, device=device)
+    _epilogue_kernel[grid](
+        as_bits(gradient.contiguous()),
+        tuple(plane.contiguous() for plane in planes),
+        scale_out.float().contiguous(),
+        scale_in.float().contiguous(),
+        out_parts,
+        in_parts,
+        tuple(factor.contiguous() for factor in row_factors),
+        tuple(factor.contiguous() for factor in column_factors),
+        tuple(words or values),
+        size_parts,
+        m,
+        n,
+        width,
+        PLANES=count,
+        SIGNALS=len(row_factors),
+        AS_WORDS=bool(words),
+        enable_fp_fusion=False,
+        **chosen,
+    )
+    grad_out.copy_(out_parts.sum(1))
+    grad_in.add_(in_parts.sum(1))
+    for sizes, parts in zip(magnitudes, size_parts, strict=True):
+        sizes.copy_(parts.sum(0) / n)
+
+
+@triton.jit
+def _epilogue_kernel(
+    gradient,  # (m, n) as integers
+    planes,  # K of (m, W)
+    scale_out,  # (K, m)
+    scale_in,  # (K, n)
+    out_parts,  # (K, column blocks, m)
+    in_parts,  # (K, row blocks, n)
+    row_factors,  # of every signal (m,)
+    column_factors,  # of every signal (n,)
+    signals,  # of every signal (m, 32 W) fp32, or (m, W) words
+    size_parts,  # (signals, column blocks, m)
+    num_rows,
+    num_columns,
+    row_words,
+    PLANES: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    AS_WORDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    shift = tl.arange(0, 32)
+    column = word[:, None] * 32 + shift[None, :]
+    in_rows, in_columns = row < num_rows, column < num_columns
+    in_words = in_rows[:, None] & (word < row_words)[None, :]
+    inside = in_rows[:, None, None] & in_columns[None]
+    at = row[:, None, None] * num_columns + column[None]
+    g = float_of_bits(tl.load(gradient + at, mask=inside, other=0))  # (rows, words, 32)
+    for k in tl.static_range(PLANES):
+        packed = tl.load(planes[k] + row[:, None] * row_words + word[None, :], mask=in_words, other=0)
+        of_row = tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)
+        of_column = tl.load(scale_in + k * num_columns + column, mask=in_columns, other=0.0)
+        with_sign = signed(g, packed[:, :, None], shift[None, None, :])
+        out_part = tl.sum(tl.sum(with_sign * of_column[None], 2), 1)
+        in_part = tl.sum(with_sign * of_row[:, None, None], 0)
+        tl.store(out_parts + (k * tl.num_programs(1) + tl.program_id(1)) * num_rows + row, out_part, mask=in_rows)
+        target = in_parts + (k * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * num_columns + column
+        tl.store(target, in_part, mask=in_columns)
+    for s in tl.static_range(SIGNALS):
+        of_row = tl.load(row_factors[s] + row, mask=in_rows, other=0.0)
+        of_column = tl.load(column_factors[s] + column, mask=in_columns, other=0.0)
+        # Padding is 0 whatever the factors are, and a row that is not finite stays with itself.
+        signal = tl.where(inside, g * of_row[:, None, None] * of_column[None], 0.0)
+        if AS_WORDS:
+            packed = tl.sum((signal < 0).to(tl.int32) << shift[None, None, :], 2)
+            tl.store(signals[s] + row[:, None] * row_words + word[None, :], packed, mask=in_words)
+            size = tl.sum(tl.sum(tl.abs(signal), 2), 1)
+            tl.store(size_parts + (s * tl.num_programs(1) + tl.program_id(1)) * num_rows + row, size, mask=in_rows)
+        else:
+            target = signals[s] + row[:, None, None] * (row_words * 32) + column[None]
+            tl.store(target, signal, mask=in_words[:, :, None])
 
 
 def column_square_sums(
@@ -54,3 +253,13 @@ def column_square_sums(
     if native.serves(values):
         return native.column_square_sums(values)
     return torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square()
+
+
+_epilogue = operation(
+    "scale_gradients_and_signals(Tensor gradient, Tensor[] planes, Tensor scale_out, Tensor scale_in, "
+    "Tensor(a!) grad_scale_out, Tensor(b!) grad_scale_in, Tensor[] row_factors, Tensor[] column_factors, "
+    "Tensor(c!)[] values, Tensor(d!)[] words, Tensor(e!)[] magnitudes) -> ()",
+    cpu=_epilogue_cpu,
+    cuda=epilogue_triton,
+    fake=lambda *arguments: None,
+)

@@ -12,6 +12,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int kWordBits = 32;
@@ -164,6 +168,65 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
     }
 }
 
+constexpr int kRowsTogether = 8;  // rows that share a load of the inputs: independent sums hide an addition's latency
+
+// sums[r] = sum over columns of B x for `count` rows of words; `x` is padded with zeros, `whole` is its sum.
+void signed_sums(const int32_t* words, int64_t words_per_row, const float* x, float whole, int count, float* sums) {
+#ifdef __AVX512F__
+  // sum B x = sum x - 2 sum_{bit set} x: a masked addition for 16 weights, the mask straight from memory.
+  __m512 lanes[kRowsTogether];
+  for (int r = 0; r < kRowsTogether; ++r) lanes[r] = _mm512_setzero_ps();
+  const uint16_t* row[kRowsTogether];
+  for (int r = 0; r < kRowsTogether; ++r)  // rows past the last read the first again
+    row[r] = reinterpret_cast<const uint16_t*>(words + (r < count ? r : 0) * words_per_row);
+  for (int64_t h = 0; h < 2 * words_per_row; ++h) {
+    const __m512 value = _mm512_loadu_ps(x + 16 * h);
+    for (int r = 0; r < kRowsTogether; ++r) lanes[r] = _mm512_mask_add_ps(lanes[r], row[r][h], lanes[r], value);
+  }
+  for (int r = 0; r < count; ++r) sums[r] = whole - 2.0f * _mm512_reduce_add_ps(lanes[r]);
+#else
+  for (int r = 0; r < count; ++r) {
+    float lanes[kWordBits] = {};
+    for (int64_t w = 0; w < words_per_row; ++w) {
+      const uint32_t word = static_cast<uint32_t>(words[r * words_per_row + w]);
+      for (int b = 0; b < kWordBits; ++b) lanes[b] += as_float(as_bits(x[w * kWordBits + b]) ^ sign_mask(word, b));
+    }
+    float total = 0.0f;
+    for (int b = 0; b < kWordBits; ++b) total += lanes[b];
+    sums[r] = total;
+  }
+  (void)whole;
+#endif
+}
+
+void linear_decode(const Planes& p, const float* x, int64_t tokens, float* y, int threads) {
+  const int64_t padded = p.words_per_row * kWordBits;
+  std::vector<float> inputs(p.count * tokens * padded, 0.0f), whole(p.count * tokens);  // s_in x, and its sums
+  for (int64_t k = 0; k < p.count; ++k)
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* scaled = inputs.data() + (k * tokens + t) * padded;
+      float lanes[kWordBits] = {}, total = 0.0f;
+      for (int64_t j = 0; j < p.columns; ++j) scaled[j] = x[t * p.columns + j] * p.scale_in[k * p.columns + j];
+      for (int64_t j = 0; j < padded; ++j) lanes[j % kWordBits] += scaled[j];
+      for (int b = 0; b < kWordBits; ++b) total += lanes[b];
+      whole[k * tokens + t] = total;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < p.rows; first += kRowsTogether) {
+    const int count = static_cast<int>(std::min<int64_t>(kRowsTogether, p.rows - first));
+    for (int64_t t = 0; t < tokens; ++t) {
+      float result[kRowsTogether] = {}, sums[kRowsTogether];
+      for (int64_t k = 0; k < p.count; ++k) {
+        const int64_t input = k * tokens + t;
+        signed_sums(p.words[k] + first * p.words_per_row, p.words_per_row, inputs.data() + input * padded,
+                    whole[input], count, sums);
+        for (int r = 0; r < count; ++r) result[r] += p.scale_out[k * p.out_stride + first + r] * sums[r];
+      }
+      std::copy_n(result, count, y + t * p.rows + first);
+    }
+  }
+}
+
 template <typename In>
 void square_sums(const In* values, int64_t rows, int64_t columns, double* sums, int threads) {
   constexpr int64_t kSlice = 64, kBurst = 64;  // fp32 sums of 64 rows, added up in fp64
@@ -290,6 +353,10 @@ void mbdist_scale_gradients_and_signals(const Planes* planes, const void* gradie
     else
       backward<k>(*planes, static_cast<const float*>(gradient), grad_out, grad_out_stride, grad_in, *signals, threads);
   });
+}
+
+void mbdist_linear_decode(const Planes* planes, const float* x, int64_t tokens, float* y, int threads) {
+  linear_decode(*planes, x, tokens, y, threads);
 }
 
 void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, int64_t columns, double* sums,

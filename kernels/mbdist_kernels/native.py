@@ -184,6 +184,16 @@ def scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_scal
     )
 
 
+def linear_decode(x, planes, scale_out, scale_in) -> torch.Tensor:
+    view, _alive = _describe(planes, scale_out.contiguous(), scale_in)
+    x = x.contiguous()
+    y = torch.empty(len(x), scale_out.shape[1])
+    accelerator().mbdist_linear_decode(
+        ctypes.byref(view), _pointer(x), ctypes.c_int64(len(x)), _pointer(y), torch.get_num_threads()
+    )
+    return y
+
+
 def column_square_sums(values) -> torch.Tensor:
     values = values.contiguous()
     sums = torch.empty(values.shape[1], dtype=torch.float64)

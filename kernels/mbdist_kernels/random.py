@@ -8,6 +8,8 @@ neighbouring elements, 15 bits each. The key folds seed, step, contribution and 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 RANDOM_BITS = 15
 _GOLDEN = 0x9E3779B9
@@ -39,3 +41,16 @@ def random_bits(
     """Uniform integers in [0, 2**15), one an element: int32 (E,)."""
     mixed = _lowbias32(((elements >> 1) * _GOLDEN + key) & _MASK32)
     return torch.where(elements % 2 == 0, mixed & 0x7FFF, mixed >> 17).int()
+
+
+@triton.jit
+def random_bits_of_pairs(
+    key,  # uint32
+    pair,  # (P,) int64: half the (even) index of a pair's first element
+):
+    """The same in a kernel: int32 (P, 2)."""
+    mixed = pair.to(tl.uint32) * 0x9E3779B9 + key
+    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
+    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
+    mixed = mixed ^ (mixed >> 16)
+    return tl.join((mixed & 0x7FFF).to(tl.int32), (mixed >> 17).to(tl.int32))

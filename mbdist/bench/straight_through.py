@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from mbdist.model.linear import MultiBooleanLinear, Signal
+from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer, FlipReport
 from mbdist.optim.schedule import warmup_cosine
-from mbdist_kernels import WORD_BITS, pack_signs, popcount, unpack_signs, words_per_row
+from mbdist_kernels import WORD_BITS, Signal, pack_signs, popcount, unpack_signs, words_per_row
 
 _LATENT_BOUND = 1.0  # latents are kept in [-1, 1], as is usual: farther out they would never come back
 

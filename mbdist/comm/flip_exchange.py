@@ -15,6 +15,7 @@ import torch
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.partition import WordPartition
+from mbdist_kernels import xor_apply
 
 
 class PlaneStore(Protocol):
@@ -51,8 +52,7 @@ class ReplicatedPlanes:
         gathered = self.communicator.all_gather(torch.cat(list(masks.values())), "flips")  # (R, sum of P)
         parts = gathered.split([mask.numel() for mask in masks.values()], dim=1)
         for (matrix, k), part in zip(masks, parts, strict=True):
-            words = self.planes[matrix][k].data.view(-1)
-            words.bitwise_xor_(part.reshape(-1)[: words.numel()])
+            xor_apply(self.planes[matrix][k].data, part)
 
     def check_replicas(self, names: Sequence[str]) -> str | None:
         digests = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mbdist.comm.partition import WordPartition
+from mbdist_kernels import xor_apply
 
 
 class PartitionedPlanes:
@@ -28,7 +29,7 @@ class PartitionedPlanes:
 
     def apply(self, masks: dict[tuple[int, int], torch.Tensor]) -> None:
         for (matrix, k), mask in masks.items():
-            self.planes[matrix][k].ds_tensor.data.bitwise_xor_(mask)
+            xor_apply(self.planes[matrix][k].ds_tensor.data, mask)
 
     def check_replicas(self, names: Sequence[str]) -> str | None:
         return None  # there is one copy of every word

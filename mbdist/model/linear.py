@@ -8,31 +8,20 @@ it is saved for backward: the planes are unpacked again there, which is cheaper 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from mbdist_kernels import (
-    WORD_BITS,
+    Signal,
     column_square_sums,
     dequantize,
-    reused_scratch,
-    scale_gradients_and_signals,
+    linear_backward_input,
+    linear_backward_weight,
+    linear_forward,
     words_per_row,
 )
-
-_GRADIENT_CHUNK_BYTES = 16 << 20  # rows of G computed at a time: stays in a GPU's L2, bounded for any matrix
-
-
-@dataclass
-class Signal:
-    """What a sink wants of a weight gradient G: ``values = G * outer(row_factor, column_factor)``."""
-
-    row_factor: torch.Tensor  # (m,) fp32
-    column_factor: torch.Tensor  # (n,) fp32
-    values: torch.Tensor  # (m, 32 W) fp32, to be written; padding columns get 0
 
 
 class SignalSink(Protocol):
@@ -115,66 +104,34 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _dense_in_scratch(layer: MultiBooleanLinear, dtype: torch.dtype) -> torch.Tensor:
-    scratch = reused_scratch(layer.num_weights, dtype, layer.scale_out.device)
-    out = scratch.view(layer.out_features, layer.in_features)
-    return dequantize(layer.planes, layer.scale_out.detach(), layer.scale_in.detach(), out=out)
-
-
 class _MultiBooleanProduct(torch.autograd.Function):
     """Planes and scales are read through the layer, in backward too: under ZeRO-3 they are gathered there again, and a
     tensor saved for backward would be the gathered copy kept alive."""
 
     @staticmethod
     def forward(ctx, x, scale_out, scale_in, bias, layer: MultiBooleanLinear):
-        dtype = _compute_dtype(x)
-        x = x.to(dtype)
+        x = x.to(_compute_dtype(x))
         ctx.layer = layer
         ctx.save_for_backward(x)
-        bias = None if bias is None else bias.to(dtype)
-        return nn.functional.linear(x, _dense_in_scratch(layer, dtype), bias)
+        y = linear_forward(x.reshape(-1, layer.in_features), layer.planes, scale_out.detach(), scale_in.detach(), bias)
+        return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     def backward(ctx, grad_output):
         layer: MultiBooleanLinear = ctx.layer
         (x,) = ctx.saved_tensors
         dy = grad_output.reshape(-1, layer.out_features)  # (T, m)
+        weight = (layer.planes, layer.scale_out.detach(), layer.scale_in.detach())
         grad_x = grad_bias = grad_scale_out = grad_scale_in = None
         if ctx.needs_input_grad[0]:
-            grad_x = (dy @ _dense_in_scratch(layer, dy.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or layer.signal_sink is not None:
-            grad_scale_out, grad_scale_in = _weight_pass(layer, dy, x.reshape(-1, layer.in_features))
+            grad_x = linear_backward_input(dy, *weight).view(x.shape)
+        sink = layer.signal_sink
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or sink is not None:
+            x = x.reshape(-1, layer.in_features)
+            signals = sink.signals(layer) if sink is not None else []
+            grad_scale_out, grad_scale_in = linear_backward_weight(dy, x, *weight, signals)
+            if sink is not None:
+                sink.take(layer, signals, column_square_sums(dy), column_square_sums(x), dy.shape[0])
         if ctx.needs_input_grad[3]:
             grad_bias = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
         return grad_x, grad_scale_out, grad_scale_in, grad_bias, None
-
-
-def _weight_pass(
-    layer: MultiBooleanLinear,
-    dy: torch.Tensor,  # (T, m)
-    x: torch.Tensor,  # (T, n)
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """G = dY^T X in chunks of rows; each chunk becomes scale gradients and signal and is overwritten by the next."""
-    m, n = layer.out_features, layer.in_features
-    scale_out, scale_in = layer.scale_out.detach(), layer.scale_in.detach()
-    grad_out, grad_in = torch.empty_like(scale_out), torch.zeros_like(scale_in)
-    sink = layer.signal_sink
-    signals = sink.signals(layer) if sink is not None else []
-    rows_at_a_time = max(WORD_BITS, _GRADIENT_CHUNK_BYTES // (n * dy.element_size()))
-    buffer = reused_scratch(min(rows_at_a_time, m) * n, dy.dtype, dy.device)
-    for first in range(0, m, rows_at_a_time):
-        rows = slice(first, min(first + rows_at_a_time, m))
-        chunk = buffer[: (rows.stop - first) * n].view(-1, n)
-        torch.mm(dy[:, rows].T, x, out=chunk)
-        scale_gradients_and_signals(
-            chunk,
-            [plane[rows] for plane in layer.planes],
-            scale_out[:, rows],
-            scale_in,
-            grad_out[:, rows],
-            grad_in,
-            [(signal.row_factor[rows], signal.column_factor, signal.values[rows]) for signal in signals],
-        )
-    if sink is not None:
-        sink.take(layer, signals, column_square_sums(dy), column_square_sums(x), dy.shape[0])
-    return grad_out, grad_in

@@ -28,7 +28,7 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
-from mbdist.model.linear import MultiBooleanLinear, Signal
+from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_rank
 from mbdist.optim.integration import Integration, integration
@@ -41,6 +41,7 @@ from mbdist_kernels import (
     THRESHOLD,
     TOP_RANK,
     WORD_BITS,
+    Signal,
     accumulate_signal,
     draw_tickets,
     find_candidates,

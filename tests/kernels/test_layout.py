@@ -10,7 +10,7 @@ SHAPES = [(1, 1), (1, 32), (3, 31), (2, 33), (5, 64), (7, 100)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bit_layout_is_little_endian_and_one_means_minus(shape):
+def test_bit_layout_is_little_endian_and_one_means_minus(implementation, shape):
     values = torch.randn(shape)
     words = pack_signs(values)
     assert words.dtype == torch.int32 and words.shape == (shape[0], words_per_row(shape[1]))
@@ -22,16 +22,19 @@ def test_bit_layout_is_little_endian_and_one_means_minus(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_unpack_inverts_pack(shape, dtype):
+def test_unpack_inverts_pack(implementation, shape, dtype):
     signs = torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
     assert torch.equal(unpack_signs(pack_signs(signs), shape[1], dtype), signs.to(dtype))
 
 
-def test_zero_of_either_sign_packs_as_plus():
-    assert torch.equal(unpack_signs(pack_signs(torch.tensor([[0.0, -0.0, -1.0]])), 3), torch.tensor([[1.0, 1.0, -1.0]]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_only_what_is_less_than_zero_packs_as_minus(implementation, dtype):
+    values = torch.tensor([[0.0, -0.0, -1.0, torch.nan, -torch.inf, torch.inf, -1e-30]]).to(dtype)
+    values = torch.cat([values, -values[:, 3:4]], 1)  # a NaN with the other sign
+    assert unpack_signs(pack_signs(values), 8).tolist() == [[1, 1, -1, 1, -1, 1, -1, 1]]
 
 
-def test_padding_bits_are_zero():
+def test_padding_bits_are_zero(implementation):
     bits = unpack_bits(pack_signs(-torch.ones(4, 37)))
     assert bits[:, :37].all() and not bits[:, 37:].any()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mbdist_kernels import (
+    Signal,
     column_square_sums,
     dequantize,
     pack_signs,
@@ -57,7 +58,7 @@ def test_weight_pass_matches_dense_algebra(implementation, shape, num_planes, dt
     grad_out, grad_in = torch.full((num_planes, m), torch.nan), torch.ones(num_planes, n)
     signal = torch.full((m, 32 * words_per_row(n)), torch.nan)
     scale_gradients_and_signals(
-        gradient, planes, scale_out, scale_in, grad_out, grad_in, [(row_factor, column_factor, signal)]
+        gradient, planes, scale_out, scale_in, grad_out, grad_in, [Signal(row_factor, column_factor, signal)]
     )
     g = gradient.double()
     for k, plane in enumerate(planes):
@@ -95,7 +96,7 @@ def test_a_row_that_is_not_a_number_stays_alone(implementation):
         scale_in,
         grad_out,
         torch.zeros(2, 48),
-        [(torch.ones(40), torch.ones(48), signal)],
+        [Signal(torch.ones(40), torch.ones(48), signal)],
     )
     others = torch.arange(40) != 7
     assert torch.isfinite(grad_out[:, others]).all() and torch.isfinite(signal[others]).all()

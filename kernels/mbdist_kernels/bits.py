@@ -1,0 +1,56 @@
+"""Triton helpers on the bits of numbers, the same in the interpreter and on a GPU.
+
+The interpreter computes bf16 on its raw 16 bits and truncates when it rounds to bf16, silently. So kernels take bf16 as
+int16 and go through these: every float operation in them is on fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def float_of_bits(bits):
+    """fp32 whose upper half are these 16 bits (a bf16's), or whose bits these 32 are."""
+    if bits.dtype == tl.int16:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:  # Triton compiles the branch that is taken, and no other
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bits_of_float(values, SIXTEEN: tl.constexpr):
+    """int16 of the nearest bf16 (ties to even, a NaN stays one), or the int32 bits themselves, of fp32 ``values``."""
+    bits = values.to(tl.int32, bitcast=True)
+    if SIXTEEN and INTERPRETED:
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(values == values, rounded, 0x7FC0).to(tl.int16)
+    elif SIXTEEN:
+        return values.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    else:
+        return bits
+
+
+@triton.jit
+def product(signs, inputs, sums):
+    """``sums`` + ``signs`` @ ``inputs``: a bf16 matrix given as int16 (from registers) by one of bf16."""
+    if INTERPRETED:
+        return tl.dot(float_of_bits(signs), inputs.to(tl.float32), sums, input_precision="ieee")
+    else:
+        return tl.dot(signs.to(tl.bfloat16, bitcast=True), inputs, sums)
+
+
+@triton.jit
+def signed(values, words, shift):
+    """B * ``values`` (fp32), B the signs at bit ``shift`` of ``words`` (int32); shapes broadcast."""
+    flipped = values.to(tl.int32, bitcast=True) ^ ((words << (31 - shift)) & -2147483648)
+    return flipped.to(tl.float32, bitcast=True)
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as int16 (bf16) or int32 (fp32)."""
+    return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)

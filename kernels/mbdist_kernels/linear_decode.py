@@ -1,0 +1,171 @@
+"""y = x W_hat^T for a few tokens, straight from packed words: the weight is never dense.
+
+    y_t,i = sum_k s_out_k,i  sum_j B_k,ij (s_in_k,j x_t,j)                        (arXiv 2505.22811, eq. 4)
+
+At one token a linear layer is bound by reading its weight, and K bits are read here in place of 16. On a GPU the signs
+become bf16 +-1 in registers, as the left operand of a tensor-core product whose right operand is s_in_k * x in bf16.
+Its columns are permuted so that a thread's registers are whole words: column ``32 q + j + 16 e`` of a block of 128 is
+at place ``8 j + 2 q + e``, so word q shifted by 15 - j holds the bf16 signs of places 8 j + 2 q and 8 j + 2 q + 1. On a
+CPU the sum over the columns with a set bit is taken, in fp32: sum_j B x = sum_j x - 2 sum_{bit 1} x.
+
+Worked example: B = +1 -1, s_out = 2, s_in = (1, 3), x = (5, 1): y = 2 * (5 - 3) = 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from mbdist_kernels import native
+from mbdist_kernels.bits import as_bits, bits_of_float, float_of_bits, product
+from mbdist_kernels.launch import settings
+from mbdist_kernels.library import operation
+from mbdist_kernels.unpack import unpack_signs
+
+MOST_TOKENS = 16
+_BLOCK = 128  # columns that are permuted among themselves
+
+
+def linear_decode(
+    x: torch.Tensor,  # (T, n) fp32 or bf16, T <= 16
+    planes: Sequence[torch.Tensor],  # K tensors (m, W) int32
+    scale_out: torch.Tensor,  # (K, m) fp32
+    scale_in: torch.Tensor,  # (K, n) fp32
+) -> torch.Tensor:
+    """y (T, m) of x's dtype; sums are taken in fp32. A token that is not finite stays with itself. Raises ValueError
+    for more tokens."""
+    if len(x) > MOST_TOKENS:
+        raise ValueError(f"linear_decode takes up to {MOST_TOKENS} tokens, not {len(x)}")
+    return _linear_decode(x, planes, scale_out, scale_in)
+
+
+def linear_decode_cpu(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
+) -> torch.Tensor:
+    """By the accelerator, or in plain torch."""
+    scale_out, scale_in = scale_out.float(), scale_in.float()
+    if native.serves(x.float()):
+        return native.linear_decode(x.float(), planes, scale_out, scale_in).to(x.dtype)
+    return linear_decode_reference(x.float(), planes, scale_out, scale_in).to(x.dtype)
+
+
+def linear_decode_reference(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
+) -> torch.Tensor:
+    """In plain torch, in x's dtype."""
+    y = x.new_zeros(len(x), scale_out.shape[1])
+    for plane, out_k, in_k in zip(planes, scale_out, scale_in, strict=True):
+        y += ((x * in_k) @ unpack_signs(plane, x.shape[1], x.dtype).T) * out_k
+    return y
+
+
+def linear_decode_triton(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
+) -> torch.Tensor:
+    """On a GPU."""
+    (tokens, n), m, width = x.shape, scale_out.shape[1], planes[0].shape[1]
+    count, num_blocks = len(planes), -(-n // _BLOCK)
+    rule = {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 8, "SPLIT": 1, "num_warps": 4, "num_stages": 3}
+    chosen = settings("linear_decode", rule, f"K={count}")
+    step = chosen["BLOCKS_AT_A_TIME"] * chosen["SPLIT"]
+    padded = -(-num_blocks // step) * step * _BLOCK
+    inputs = torch.empty(count, MOST_TOKENS, padded, dtype=torch.int16, device=x.device)
+    x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    _permute_kernel[count, MOST_TOKENS, padded // _BLOCK](
+        as_bits(x.contiguous()), scale_in.float().contiguous(), inputs, tokens, n, padded, BLOCK=_BLOCK
+    )
+    parts = torch.empty(chosen["SPLIT"], tokens, m, dtype=torch.float32, device=x.device)
+    _decode_kernel[-(-m // chosen["BLOCK_ROWS"]), chosen["SPLIT"]](
+        tuple(plane.contiguous() for plane in planes),
+        scale_out.float().contiguous(),
+        inputs.view(torch.bfloat16),
+        parts,
+        tokens,
+        m,
+        width,
+        padded,
+        padded // 32 // chosen["SPLIT"],
+        PLANES=count,
+        **chosen,
+    )
+    return parts.sum(0).to(x.dtype)
+
+
+@triton.jit
+def _permute_kernel(
+    x,  # (T, n) as integers
+    scale_in,  # (K, n)
+    inputs,  # (K, 16, padded) bf16 as int16
+    num_tokens,
+    num_columns,
+    padded,
+    BLOCK: tl.constexpr,
+):
+    k, token, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = tl.arange(0, BLOCK)
+    column = block * BLOCK + (place // 2 % 4) * 32 + place // 8 + place % 2 * 16
+    inside = column < tl.where(token < num_tokens, num_columns, 0)
+    value = float_of_bits(tl.load(x + token * num_columns + column, mask=inside, other=0))
+    scale = tl.load(scale_in + k * num_columns + column, mask=inside, other=0.0)
+    target = inputs + (k * tl.num_programs(1) + token).to(tl.int64) * padded + block * BLOCK + place
+    tl.store(target, bits_of_float(tl.where(inside, value * scale, 0.0), True))
+
+
+@triton.jit
+def _decode_kernel(
+    planes,  # K of (m, W)
+    scale_out,  # (K, m)
+    inputs,  # (K, 16, padded) bf16, permuted
+    parts,  # (SPLIT, T, m) fp32
+    num_tokens,
+    num_rows,
+    row_words,
+    padded,
+    split_words,  # words of a row that a program goes through
+    PLANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCKS_AT_A_TIME: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    WORDS: tl.constexpr = 4 * BLOCKS_AT_A_TIME
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    in_rows = row < num_rows
+    token = tl.arange(0, 16)
+    place = tl.arange(0, 32 * WORDS)
+    first = tl.program_id(1) * split_words
+    total = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+    for k in range(PLANES):  # not unrolled: the addresses of all planes' loads at once would not fit the registers
+        plane = planes[0]
+        for other in tl.static_range(1, PLANES):
+            plane = tl.where(k == other, planes[other], plane)
+        sums = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+        for start in range(first, first + split_words, WORDS):
+            word = start + tl.arange(0, WORDS)
+            inside = in_rows[:, None] & (word < row_words)[None, :]
+            packed = tl.load(
+                plane + row[:, None] * row_words + word[None, :],
+                mask=inside,
+                other=0,
+                eviction_policy="evict_first",
+            )
+            value = tl.load(inputs + (k * 16 + token)[None, :] * padded + start * 32 + place[:, None])  # (columns, 16)
+            j = tl.arange(0, 16)
+            pair = packed.reshape(BLOCK_ROWS, BLOCKS_AT_A_TIME, 1, 4) << (15 - j)[None, None, :, None]
+            pair = (pair & -2147450880) | 0x3F803F80  # two bf16 +-1: 0x80008000 are their signs
+            low, high = (pair & 0xFFFF).to(tl.int16), (pair >> 16).to(tl.int16)
+            signs = tl.join(low, high).reshape(BLOCK_ROWS, 32 * WORDS)
+            sums = product(signs, value, sums)
+        total += tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)[:, None] * sums
+    target = parts + (tl.program_id(1) * num_tokens + token)[None, :] * num_rows + row[:, None]
+    tl.store(target, total, mask=in_rows[:, None] & (token < num_tokens)[None, :])
+
+
+_linear_decode = operation(
+    "linear_decode(Tensor x, Tensor[] planes, Tensor scale_out, Tensor scale_in) -> Tensor",
+    cpu=linear_decode_cpu,
+    cuda=linear_decode_triton,
+    fake=lambda x, planes, scale_out, scale_in: x.new_empty(x.shape[0], scale_out.shape[1]),
+)

@@ -1,0 +1,126 @@
+"""y = x W_hat^T + b: the product of a multi-Boolean layer, by the cheapest of three ways for the number of tokens.
+
+Few tokens (up to 16) take ``linear_decode``. Many take a dense weight in scratch memory and the library's product: the
+dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes tiles of the
+weight in registers. From how many tokens on the dense pass pays is measured (``mbdist tune``); without a measurement it
+is 1536, where a product that loses 18 % to the library breaks even with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from mbdist_kernels.bits import as_bits, bits_of_float, product, signed
+from mbdist_kernels.dequantize import dequantize
+from mbdist_kernels.launch import settings
+from mbdist_kernels.library import operation
+from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
+from mbdist_kernels.scratch import reused_scratch
+
+
+def linear_forward(
+    x: torch.Tensor,  # (T, n) fp32 or bf16
+    planes: Sequence[torch.Tensor],  # K tensors (m, W) int32
+    scale_out: torch.Tensor,  # (K, m) fp32
+    scale_in: torch.Tensor,  # (K, n) fp32
+    bias: torch.Tensor | None = None,  # (m,)
+) -> torch.Tensor:
+    """y (T, m) of x's dtype. The weight is rounded to that dtype, except by ``linear_decode``."""
+    return _linear_forward(x, planes, scale_out, scale_in, bias)
+
+
+def dense_from_tokens(num_planes: int) -> int:
+    """From how many tokens on the dense weight is made."""
+    rule = {"tokens": 1536 if torch.cuda.is_available() else MOST_TOKENS + 1}
+    return settings("dense_from", rule, f"K={num_planes}")["tokens"]
+
+
+def _forward(x, planes, scale_out, scale_in, bias):
+    if 0 < len(x) <= MOST_TOKENS:
+        y = linear_decode(x, planes, scale_out, scale_in)
+    elif len(x) < dense_from_tokens(len(planes)) and x.dtype == torch.bfloat16:
+        y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
+    else:
+        weight = reused_scratch(scale_out.shape[1] * scale_in.shape[1], x.dtype, x.device).view(-1, scale_in.shape[1])
+        dequantize(planes, scale_out, scale_in, out=weight)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def linear_in_tiles_triton(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
+) -> torch.Tensor:
+    """On a GPU, x in bf16: the weight exists in registers alone."""
+    (tokens, n), m, width = x.shape, scale_out.shape[1], planes[0].shape[1]
+    # With more planes tiles of 128 x 128 would not fit the registers.
+    block_rows = 128 if len(planes) < 4 else 64
+    rule = {"BLOCK_ROWS": block_rows, "BLOCK_TOKENS": 128, "BLOCK_WORDS": 2, "num_warps": 8, "num_stages": 3}
+    chosen = settings("linear_in_tiles", rule, f"K={len(planes)}")
+    y = torch.empty(tokens, m, dtype=x.dtype, device=x.device)
+    _tiles_kernel[-(-m // chosen["BLOCK_ROWS"]), -(-tokens // chosen["BLOCK_TOKENS"])](
+        x.contiguous(),
+        tuple(plane.contiguous() for plane in planes),
+        scale_out.float().contiguous(),
+        scale_in.float().contiguous(),
+        as_bits(y),
+        tokens,
+        m,
+        n,
+        width,
+        PLANES=len(planes),
+        **chosen,
+    )
+    return y
+
+
+@triton.jit
+def _tiles_kernel(
+    x,  # (T, n) bf16
+    planes,  # K of (m, W)
+    scale_out,  # (K, m)
+    scale_in,  # (K, n)
+    y,  # (T, m) bf16 as int16
+    num_tokens,
+    num_rows,
+    num_columns,
+    row_words,
+    PLANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    token = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    in_rows, in_tokens = row < num_rows, token < num_tokens
+    shift = tl.arange(0, 32)
+    place = tl.arange(0, 32 * BLOCK_WORDS)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
+    for first in range(0, row_words, BLOCK_WORDS):
+        word = first + tl.arange(0, BLOCK_WORDS)
+        in_words = in_rows[:, None] & (word < row_words)[None, :]
+        column = word[:, None] * 32 + shift[None, :]
+        weight = tl.zeros((BLOCK_ROWS, BLOCK_WORDS, 32), tl.float32)
+        for k in tl.static_range(PLANES):
+            packed = tl.load(planes[k] + row[:, None] * row_words + word[None, :], mask=in_words, other=0)
+            of_row = tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)
+            of_column = tl.load(scale_in + k * num_columns + column, mask=column < num_columns, other=0.0)
+            weight += of_row[:, None, None] * signed(of_column[None], packed[:, :, None], shift[None, None, :])
+        rounded = bits_of_float(weight.reshape(BLOCK_ROWS, 32 * BLOCK_WORDS), True)
+        column = first * 32 + place
+        inside = in_tokens[None, :] & (column < num_columns)[:, None]
+        value = tl.load(x + token[None, :] * num_columns + column[:, None], mask=inside, other=0.0)  # (columns, tokens)
+        sums = product(rounded, value, sums)
+    target = y + token[None, :] * num_rows + row[:, None]
+    tl.store(target, bits_of_float(sums, True), mask=in_rows[:, None] & in_tokens[None, :])
+
+
+_linear_forward = operation(
+    "linear_forward(Tensor x, Tensor[] planes, Tensor scale_out, Tensor scale_in, Tensor? bias) -> Tensor",
+    cpu=_forward,
+    cuda=_forward,
+    fake=lambda x, planes, scale_out, scale_in, bias: x.new_empty(x.shape[0], scale_out.shape[1]),
+)

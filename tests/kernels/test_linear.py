@@ -1,0 +1,118 @@
+"""The products of a multi-Boolean layer, on every implementation, against float64 on the same rounded inputs."""
+
+import pytest
+import torch
+from test_linear_math import dense64, random_planes
+
+from mbdist_kernels import (
+    Signal,
+    linear_backward_input,
+    linear_backward_weight,
+    linear_decode,
+    linear_forward,
+    pack_signs,
+    scale_gradients_and_signals,
+)
+from mbdist_kernels.linear_forward import linear_in_tiles_triton
+
+SHAPES = [(3, 40), (96, 160), (70, 300)]  # the last one more than two blocks of 128 columns, and a ragged one
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 16])
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(implementation, shape, num_planes, num_tokens):
+    planes, scale_out, scale_in = random_planes(*shape, num_planes)
+    x = torch.randn(num_tokens, shape[1])
+    y = linear_decode(x, planes, scale_out, scale_in)
+    if implementation == "triton":  # takes s_in * x in bf16
+        expected = 0
+        for plane, out_k, in_k in zip(planes, scale_out, scale_in, strict=True):
+            signs = dense64([plane], torch.ones(1, shape[0]), torch.ones(1, shape[1]))
+            expected += ((x * in_k).bfloat16().double() @ signs.T) * out_k.double()
+    else:
+        expected = x.double() @ dense64(planes, scale_out, scale_in).T
+    assert y.shape == (num_tokens, shape[0]) and relative_error(y, expected) < 1e-5
+
+
+def test_decode_refuses_more_tokens():
+    planes, scale_out, scale_in = random_planes(8, 8, 1)
+    with pytest.raises(ValueError, match="up to 16 tokens"):
+        linear_decode(torch.randn(17, 8), planes, scale_out, scale_in)
+
+
+def test_a_token_that_is_not_finite_stays_alone(implementation):
+    planes, scale_out, scale_in = random_planes(40, 130, 2)
+    x = torch.randn(4, 130)
+    alone = linear_decode(x[[0, 3]], planes, scale_out, scale_in)
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    y = linear_decode(x, planes, scale_out, scale_in)
+    torch.testing.assert_close(y[[0, 3]], alone)
+    assert not y[1].isfinite().any() and not y[2].isfinite().any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 65])
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles(shape, num_planes, num_tokens):
+    planes, scale_out, scale_in = random_planes(*shape, num_planes)
+    x = torch.randn(num_tokens, shape[1]).bfloat16()
+    y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
+    assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 65])
+def test_forward_with_bias(implementation, num_tokens, dtype):
+    planes, scale_out, scale_in = random_planes(70, 300, 3)
+    x, bias = torch.randn(num_tokens, 300).to(dtype), torch.randn(70)
+    y = linear_forward(x, planes, scale_out, scale_in, bias)
+    expected = x.double() @ dense64(planes, scale_out, scale_in).T + bias.double()
+    coarse = dtype == torch.bfloat16 or implementation == "triton"
+    assert y.dtype == dtype and relative_error(y, expected) < (6e-3 if coarse else 1e-5)
+
+
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_tokens", [1, 17, 65])
+def test_backward_and_its_identities(implementation, num_tokens, num_planes):
+    m, n = 70, 100
+    planes, scale_out, scale_in = random_planes(m, n, num_planes)
+    x, dy = torch.randn(num_tokens, n), torch.randn(num_tokens, m)
+    weight = dense64(planes, scale_out, scale_in)
+    dx = linear_backward_input(dy, planes, scale_out, scale_in)
+    assert relative_error(dx, dy.double() @ weight) < 1e-5
+    signal = Signal(scale_out[-1], scale_in[-1], torch.full((m, 128), torch.nan))
+    grad_out, grad_in = linear_backward_weight(dy, x, planes, scale_out, scale_in, [signal])
+    g = dy.double().T @ x.double()
+    q = g * scale_out[-1].double()[:, None] * scale_in[-1].double()
+    assert relative_error(signal.values[:, :n], q) < 1e-5 and not signal.values[:, n:].any()
+    # method: sum_k s_out_k dL/ds_out_k = sum_t dY Y by row, sum_k s_in_k dL/ds_in_k = sum_t X dX by column
+    y = x.double() @ weight.T
+    torch.testing.assert_close((scale_out * grad_out).sum(0).double(), (dy * y).sum(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close((scale_in * grad_in).sum(0).double(), (x * dx).sum(0).double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signals_as_words_are_those_of_the_values(implementation, dtype):
+    planes, scale_out, scale_in = random_planes(65, 100, 2)
+    gradient = torch.randn(65, 100).to(dtype)
+    gradient[3, 4], gradient[5] = torch.nan, 0
+    factors = [(torch.randn(65), torch.randn(100)) for _ in range(2)]
+    dense = [Signal(*pair, values=torch.full((65, 128), torch.nan)) for pair in factors]
+    coded = [
+        Signal(*pair, words=torch.full((65, 4), 7, dtype=torch.int32), magnitudes=torch.full((65,), torch.nan))
+        for pair in factors
+    ]
+    grads = [(torch.full((2, 65), torch.nan), torch.zeros(2, 100)) for _ in range(2)]
+    for signals, (grad_out, grad_in) in zip((dense, coded), grads, strict=True):
+        scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_out, grad_in, signals)
+    for a, b in zip(dense, coded, strict=True):
+        assert torch.equal(b.words, pack_signs(a.values))
+        expected = a.values.abs().sum(1) / 100
+        torch.testing.assert_close(b.magnitudes, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert b.magnitudes[3].isnan() and b.magnitudes.isfinite().sum() == 64
+    assert torch.equal(grads[0][0].nan_to_num(), grads[1][0].nan_to_num())

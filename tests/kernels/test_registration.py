@@ -1,0 +1,61 @@
+"""The operations are known to torch: fake tensors, mutation, ``torch.compile``."""
+
+import pytest
+import torch
+from test_linear_math import random_planes
+from test_words import random_words
+
+import mbdist_kernels as kernels
+
+PLANES, SCALE_OUT, SCALE_IN = random_planes(33, 70, 2)
+
+
+def cases():
+    accumulator = torch.zeros(64, dtype=torch.int8)
+    factors = ([torch.ones(33)], [torch.ones(70)])
+    gradients = (torch.zeros(2, 33), torch.zeros(2, 70))
+    yield "pack_signs", (torch.randn(3, 40),)
+    yield "unpack_signs", (random_words(3, 2), 40, torch.bfloat16)
+    yield "unpack_bits", (random_words(3, 2),)
+    yield "popcount", (random_words(3, 2),)
+    yield "xor_apply", (random_words(6), random_words(6))
+    yield "dequantize", (PLANES, SCALE_OUT, SCALE_IN, torch.empty(33, 70))
+    yield "linear_decode", (torch.randn(2, 70), PLANES, SCALE_OUT, SCALE_IN)
+    yield "linear_forward", (torch.randn(20, 70), PLANES, SCALE_OUT, SCALE_IN, None)
+    signals = ([torch.zeros(33, 96)], [], [])
+    epilogue = (torch.randn(33, 70), PLANES, SCALE_OUT, SCALE_IN, *gradients, *factors)
+    yield "scale_gradients_and_signals", (*epilogue, *signals)
+    yield "accumulate_signal", (accumulator, torch.randn(1, 64), 1 << 15, 1 << 21, [7], 0, 1 << 21, 127)
+    yield "candidate_mask", (accumulator, random_words(2), 64)
+    yield "vote", (random_words(3, 5),)
+    yield "signal_accumulate", (torch.zeros(3, 40), random_words(2, 3, 2), torch.rand(2, 3))
+    yield "flip_apply_sparse", (random_words(10), torch.zeros(1, dtype=torch.int16), torch.ones(1, dtype=torch.int32))
+
+
+CASES = dict(cases())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_registration(name):
+    torch.library.opcheck(getattr(torch.ops.mbdist, name).default, CASES[name])
+
+
+def test_every_operation_is_checked():
+    assert {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "mbdist::" in name
+    } == set(CASES)
+
+
+def test_a_graph_of_operations_compiles_whole():
+    def step(x, words, mask):
+        kernels.xor_apply(words, mask)
+        weight = kernels.dequantize([words, *PLANES[1:]], SCALE_OUT, SCALE_IN)
+        return kernels.linear_forward(x, [words, *PLANES[1:]], SCALE_OUT, SCALE_IN) + x @ weight.T
+
+    x, mask = torch.randn(20, 70), random_words(33, 3)
+    mask[:, 2] &= (1 << 6) - 1  # padding stays 0
+    eager, compiled = PLANES[0].clone(), PLANES[0].clone()
+    expected = step(x, eager, mask)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(x, compiled, mask)
+    assert torch.equal(eager, compiled)
+    torch.testing.assert_close(found, expected)

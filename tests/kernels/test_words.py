@@ -1,0 +1,111 @@
+"""Operations on words: majority, XOR, the codecs of signals and flips. Exact on every implementation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbdist_kernels import (
+    flip_apply_sparse,
+    flip_encode_sparse,
+    flip_mask,
+    popcount,
+    signal_accumulate,
+    signal_encode,
+    unpack_bits,
+    unpack_signs,
+    vote,
+    xor_apply,
+)
+from mbdist_kernels.vote import vote_reference
+
+
+def random_words(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, generator=generator).to(torch.int32)
+
+
+@pytest.mark.parametrize("ranks", range(1, 18))
+def test_vote_is_the_majority_and_rank_0_decides_ties(implementation, ranks):
+    words = random_words(ranks, 37, seed=ranks)
+    assert torch.equal(vote(words), vote_reference(words))
+    counts = unpack_bits(words).sum(0)
+    bits = unpack_bits(vote(words)[None])[0]
+    assert torch.equal(bits, torch.where(2 * counts == ranks, unpack_bits(words[:1])[0], 2 * counts > ranks))
+
+
+def test_vote_of_more_ranks_than_counters_hold(implementation):
+    words = random_words(40, 5)
+    assert torch.equal(vote(words), vote_reference(words))
+
+
+@pytest.mark.parametrize("num_words", [1, 31, 4097])
+def test_xor_apply_takes_the_first_words_of_a_padded_mask(implementation, num_words):
+    words, mask = random_words(num_words), random_words(num_words + 3, seed=1)
+    expected = words ^ mask[:num_words]
+    before = words.clone()
+    xor_apply(words, mask)
+    assert torch.equal(words, expected)
+    xor_apply(words, mask)
+    assert torch.equal(words, before)
+
+
+def test_popcount(implementation):
+    assert popcount(torch.tensor([70, -1, 0, -(2**31)], dtype=torch.int32)) == 3 + 32 + 0 + 1
+    words = random_words(3, 1500)
+    assert popcount(words) == int(unpack_bits(words).sum())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 100), (9, 64)])
+def test_signals_cross_as_signs_and_magnitudes(implementation, shape):
+    signals = [torch.randn(shape) for _ in range(3)]
+    sent = [signal_encode(signal) for signal in signals]
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    total = torch.randn(shape)
+    expected = total.clone()
+    for (words, magnitudes), weight in zip(sent, weights, strict=True):
+        expected += unpack_signs(words, shape[1]) * (weight * magnitudes)[:, None]
+    words, magnitudes = torch.stack([w for w, _ in sent]), torch.stack([s for _, s in sent]) * weights[:, None]
+    signal_accumulate(total, words, magnitudes)
+    assert torch.equal(total, expected)
+    # Of all multiples of the signs, the mean magnitude is the nearest: the error is orthogonal to the signs.
+    decoded = torch.zeros(shape)
+    signal_accumulate(decoded, words[:1], magnitudes[:1] / 0.5)
+    signs = unpack_signs(words[0], shape[1])
+    assert ((signals[0] - decoded) * signs).sum(1).abs().max() < 1e-4
+
+
+def test_a_row_of_a_signal_that_is_not_a_number_stays_alone(implementation):
+    signal = torch.randn(4, 70)
+    signal[2, 3] = torch.nan
+    words, magnitudes = signal_encode(signal)
+    total = torch.zeros(4, 70)
+    signal_accumulate(total, words[None], magnitudes[None])
+    assert total[[0, 1, 3]].isfinite().all() and total[2].isnan().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9000), st.integers(0, 4000), st.integers(0, 2**31))
+def test_sparse_flips_decode_to_their_mask(num_words, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    elements = torch.randperm(num_words * 32, generator=generator)[:count].int()
+    mask = flip_mask(elements, num_words)
+    positions, counts = flip_encode_sparse(mask)
+    assert len(positions) == int(counts.sum()) == len(elements) and len(counts) == -(-num_words // 2048)
+    words = random_words(num_words)
+    expected = words ^ mask
+    flip_apply_sparse(words, positions, counts)
+    assert torch.equal(words, expected)
+
+
+def test_sparse_flips_on_every_implementation(implementation):
+    elements = torch.tensor([3, 70_000, 70_001, 65_535, 65_536, 199_999])
+    mask = flip_mask(elements.int(), 6250)
+    positions, counts = flip_encode_sparse(mask)
+    assert positions.tolist() == [3, 65_535, 0, 4464, 4465, 3391] and counts.tolist() == [2, 3, 0, 1]
+    words = torch.zeros(6250, dtype=torch.int32)
+    flip_apply_sparse(words, positions, counts)
+    assert torch.equal(words, mask)
+    empty = torch.zeros(6250, dtype=torch.int32)
+    flip_apply_sparse(words, *flip_encode_sparse(empty))
+    assert torch.equal(words, mask)
