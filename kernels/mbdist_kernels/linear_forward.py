@@ -2,8 +2,8 @@
 
 Few tokens (up to 16) take ``linear_decode``. Many take a dense weight in scratch memory and the library's product: the
 dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes tiles of the
-weight in registers. From how many tokens on the dense pass pays is measured (``mbdist tune``); without a measurement it
-is 1536, where a product that loses 18 % to the library breaks even with it.
+weight in registers. From how many tokens on the dense pass pays is measured a GPU (``mbdist tune``); without a
+measurement it is 1536, where a product that loses 18 % to the library breaks even with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from mbdist_kernels.library import operation
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
 from mbdist_kernels.scratch import reused_scratch
 
+_DENSE_FROM_TOKENS = 1536
+
 
 def linear_forward(
     x: torch.Tensor,  # (T, n) fp32 or bf16
@@ -33,22 +35,32 @@ def linear_forward(
     return _linear_forward(x, planes, scale_out, scale_in, bias)
 
 
-def dense_from_tokens(num_planes: int) -> int:
-    """From how many tokens on the dense weight is made."""
-    rule = {"tokens": 1536 if torch.cuda.is_available() else MOST_TOKENS + 1}
-    return settings("dense_from", rule, f"K={num_planes}")["tokens"]
-
-
-def _forward(x, planes, scale_out, scale_in, bias):
+def linear_forward_cpu(x, planes, scale_out, scale_in, bias):
+    """Packed or dense."""
     if 0 < len(x) <= MOST_TOKENS:
-        y = linear_decode(x, planes, scale_out, scale_in)
-    elif len(x) < dense_from_tokens(len(planes)) and x.dtype == torch.bfloat16:
-        y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
-    else:
-        weight = reused_scratch(scale_out.shape[1] * scale_in.shape[1], x.dtype, x.device).view(-1, scale_in.shape[1])
-        dequantize(planes, scale_out, scale_in, out=weight)
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y if bias is None else y + bias.to(x.dtype)
+        return _add_bias(linear_decode(x, planes, scale_out, scale_in), bias)
+    return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
+
+
+def linear_forward_triton(x, planes, scale_out, scale_in, bias):
+    """Packed, in tiles or dense; dense alone where x is not in bf16, in which the two others multiply."""
+    tokens = len(x)
+    dense_from = settings("dense_from", {"tokens": _DENSE_FROM_TOKENS}, f"K={len(planes)}")["tokens"]
+    if x.dtype != torch.bfloat16 or tokens >= dense_from or not tokens:
+        return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
+    multiply = linear_decode if tokens <= MOST_TOKENS else linear_in_tiles_triton
+    return _add_bias(multiply(x, planes, scale_out, scale_in), bias)
+
+
+def linear_by_dense_weight(x, planes, scale_out, scale_in, bias):
+    """The weight in scratch memory, in x's dtype, and the library's product."""
+    m, n = scale_out.shape[1], scale_in.shape[1]
+    weight = dequantize(planes, scale_out, scale_in, out=reused_scratch(m * n, x.dtype, x.device).view(m, n))
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def linear_in_tiles_triton(
@@ -120,7 +132,7 @@ def _tiles_kernel(
 
 _linear_forward = operation(
     "linear_forward(Tensor x, Tensor[] planes, Tensor scale_out, Tensor scale_in, Tensor? bias) -> Tensor",
-    cpu=_forward,
-    cuda=_forward,
+    cpu=linear_forward_cpu,
+    cuda=linear_forward_triton,
     fake=lambda x, planes, scale_out, scale_in, bias: x.new_empty(x.shape[0], scale_out.shape[1]),
 )

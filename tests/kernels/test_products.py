@@ -72,8 +72,7 @@ def test_forward_with_bias(implementation, num_tokens, dtype):
     x, bias = torch.randn(num_tokens, 300).to(dtype), torch.randn(70)
     y = linear_forward(x, planes, scale_out, scale_in, bias)
     expected = x.double() @ dense64(planes, scale_out, scale_in).T + bias.double()
-    coarse = dtype == torch.bfloat16 or implementation == "triton"
-    assert y.dtype == dtype and relative_error(y, expected) < (6e-3 if coarse else 1e-5)
+    assert y.dtype == dtype and relative_error(y, expected) < (6e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
