@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from mbdist.model import linear
 from mbdist.model.linear import MultiBooleanLinear, Signal
-from mbdist_kernels import pack_signs, unpack_signs
+from mbdist_kernels import linear_backward, pack_signs, unpack_signs
 
 
 def random_layer(m, n, num_planes, bias, dtype=torch.float32):
@@ -108,7 +107,7 @@ def test_gradient_in_chunks_of_rows(monkeypatch, chunk_bytes):
     x, grad_y = torch.randn(9, 64), torch.randn(9, 100)
     results = []
     for size in (1 << 24, chunk_bytes):
-        monkeypatch.setattr(linear, "_GRADIENT_CHUNK_BYTES", size)
+        monkeypatch.setattr(linear_backward, "_CHUNK_BYTES", size)
         layer.zero_grad()
         layer.signal_sink = sink = RecordingSink(100, 64)
         sink.row_factor, sink.column_factor = torch.ones(100), torch.ones(64)
