@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 TUNED = Path(__file__).with_name("tuned")
+_tried: dict[str, dict] = {}
 
 
 def settings(operation: str, rule: dict, bucket: str = "") -> dict:
     """The launch settings of an operation: those of the table of this GPU, else ``rule``."""
-    return table(device_name()).get(operation, {}).get(bucket, rule)
+    return _tried.get(operation) or table(device_name()).get(operation, {}).get(bucket, rule)
+
+
+@contextmanager
+def trying(operation: str, chosen: dict) -> Iterator[None]:
+    """Launch an operation with these settings, while they are measured."""
+    _tried[operation] = chosen
+    try:
+        yield
+    finally:
+        del _tried[operation]
 
 
 def blocks(num_rows: int, num_words: int, chosen: dict) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """y = x W_hat^T + b: the product of a multi-Boolean layer, by the cheapest of three ways for the number of tokens.
 
-Few tokens (up to 16) take ``linear_decode``. Many take a dense weight in scratch memory and the library's product: the
-dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes tiles of the
-weight in registers. From how many tokens on the dense pass pays is measured a GPU (``mbdist tune``); without a
-measurement it is 1536, where a product that loses 18 % to the library breaks even with it.
+Few tokens (up to 16, on a CPU 4) take ``linear_decode``. Many take a dense weight in scratch memory and the library's
+product: the dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes
+tiles of the weight in registers. From how many tokens on the dense pass pays is measured for a kind of GPU (``mbdist
+tune``); without a measurement it is 1536, where a product that loses 18 % to the library breaks even with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mbdist_kernels.library import operation
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
 from mbdist_kernels.scratch import reused_scratch
 
-_DENSE_FROM_TOKENS = 1536
+_DENSE_FROM_TOKENS = 1536  # on a GPU that was not measured
+_PACKED_TO_TOKENS_CPU = 4  # where K = 2 breaks even: the packed way costs the same for every token
 
 
 def linear_forward(
@@ -37,7 +38,7 @@ def linear_forward(
 
 def linear_forward_cpu(x, planes, scale_out, scale_in, bias):
     """Packed or dense."""
-    if 0 < len(x) <= MOST_TOKENS:
+    if 0 < len(x) <= _PACKED_TO_TOKENS_CPU:
         return _add_bias(linear_decode(x, planes, scale_out, scale_in), bias)
     return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -68,3 +69,33 @@ def quality(
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     rows = bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
     write_report(rows, json_file)
+
+
+@app.command()
+def kernels(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")
+    ] = None,
+    planes: Annotated[list[int] | None, typer.Option(min=1, max=8, help="K; repeatable. Default: 1 2 3.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens; repeatable. Default: 1 4 16 512, on a GPU 2048 8192 too.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+) -> None:
+    """Every operation on packed planes against its dense bf16 baseline and the floor of the memory.
+
+    Example: `mbdist bench kernels --shape 5120x5120 --planes 2 --json kernels.json`
+    """
+    import torch
+
+    from mbdist.bench.kernels import SHAPES, bench_kernels
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+    sizes = []
+    for name in shape or ["13b"]:
+        if name not in SHAPES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
+            raise UserError(f"--shape {name}: {', '.join(SHAPES)}, or rows and columns as in 5120x5120")
+        sizes += SHAPES.get(name) or [tuple(map(int, name.split("x")))]
+    default_tokens = [1, 4, 16, 512] + ([2048, 8192] if torch.cuda.is_available() else [])
+    bench_kernels(sizes, planes or [1, 2, 3], tokens or default_tokens, json_file)

@@ -1,0 +1,187 @@
+"""``mbdist bench kernels``: every operation on packed planes beside its dense baseline and the floor of the memory.
+
+A row is one operation on one matrix. Baseline: what does the same work on a dense bf16 weight with the library, on the
+same device in the same run; empty where there is no such thing. Floor: the bytes that must move, at the rate at which
+the device copies a large buffer in this run (twice its bytes over its time); for products of many tokens the dense
+product itself. Inputs rotate through copies that no cache holds together.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import mbdist_kernels as kernels
+from mbdist_kernels import Signal
+from mbdist_kernels.launch import device_name
+
+_ROTATED_BYTES = 256 << 20  # more than any cache holds
+_MOST_COPIES = 32
+_SECONDS = 0.4  # of measuring a call, on a CPU
+SHAPES = {  # out x in: LLaMA-13B and LLaMA-2-70B
+    "13b": [(5120, 5120), (13824, 5120), (5120, 13824)],
+    "70b": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
+}
+
+
+@dataclass
+class Measured:
+    """One row; times are medians in microseconds."""
+
+    op: str
+    shape: str  # out x in
+    planes: int
+    batch: int  # tokens; 0 where there are none
+    us: float
+    baseline_us: float | None
+    floor_us: float | None
+
+
+def bench_kernels(
+    shapes: list[tuple[int, int]], planes: list[int], tokens: list[int], json_file: Path | None
+) -> list[dict]:
+    """Measure, print a table, write ``json_file`` where given, and return its rows."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    copy = median_us([lambda s=s, t=t: t.copy_(s) for s, t in _buffers(device)], device)
+    bytes_per_us = 2 * _ROTATED_BYTES / copy
+    console, rows = Console(), []
+    table = Table("op", "shape", "planes", "batch", "us", "baseline us", "speed-up", "floor us", "of floor")
+    console.print(f"{_describe(device)}; copies {bytes_per_us / 1e3:.1f} GB/s")
+    for m, n in shapes:
+        for count in planes:
+            for row in _measure(m, n, count, tokens, device, bytes_per_us):
+                rows.append(asdict(row))
+                table.add_row(*_cells(row))
+    console.print(table)
+    result = {"device": _describe(device), "torch": torch.__version__, "copy_gb_s": bytes_per_us / 1e3, "rows": rows}
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def _cells(row: Measured) -> list[str]:
+    speed_up = f"{row.baseline_us / row.us:.2f}" if row.baseline_us else ""
+    floor = [f"{row.floor_us:,.0f}", f"{row.floor_us / row.us:.0%}"] if row.floor_us else ["", ""]
+    baseline = f"{row.baseline_us:,.0f}" if row.baseline_us else ""
+    return [row.op, row.shape, str(row.planes), str(row.batch or ""), f"{row.us:,.0f}", baseline, speed_up, *floor]
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return device_name()
+    features = " avx512_bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else ""
+    return f"cpu {platform.machine()}{features}, {torch.get_num_threads()} threads"
+
+
+def _buffers(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    source = torch.zeros(_ROTATED_BYTES, dtype=torch.uint8, device=device)
+    return [(source, torch.empty_like(source))]
+
+
+def median_us(calls: list[Callable[[], object]], device: torch.device) -> float:
+    """Median time of a call, going round them."""
+    if device.type == "cuda":
+        import triton.testing
+
+        # One graph of all calls: no launch latency is measured, and every call finds its inputs cold.
+        return 1e3 * triton.testing.do_bench_cudagraph(lambda: [call() for call in calls]) / len(calls)
+    times, turn = [], 0
+    calls[0]()
+    while sum(times) < _SECONDS or len(times) < 5:
+        started = time.perf_counter()
+        calls[turn % len(calls)]()
+        times.append(time.perf_counter() - started)
+        turn += 1
+    return 1e6 * statistics.median(times)
+
+
+def _copies(bytes_each: int) -> int:
+    return max(1, min(_MOST_COPIES, -(-_ROTATED_BYTES // bytes_each)))
+
+
+def _measure(
+    m: int, n: int, planes: int, tokens: list[int], device: torch.device, bytes_per_us: float
+) -> Iterator[Measured]:
+    width, shape = kernels.words_per_row(n), f"{m}x{n}"
+    packed_bytes = planes * (4 * m * width + 4 * (m + n))
+    copies = _copies(packed_bytes)
+    weights = [random_weight(m, n, planes, device) for _ in range(copies)]
+    dense = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for _ in range(_copies(2 * m * n))]
+
+    dense_arguments = [(weight,) for weight in dense]
+    signal = Signal(torch.ones(m, device=device), torch.ones(n, device=device))
+    signal.words = torch.empty(m, width, dtype=torch.int32, device=device)
+    signal.magnitudes = torch.empty(m, device=device)
+
+    def row(op, batch, calls, baseline, floor_bytes=None):
+        us, baseline_us = median_us(calls, device), median_us(baseline, device) if baseline else None
+        return Measured(
+            op, shape, planes, batch, us, baseline_us, floor_bytes / bytes_per_us if floor_bytes else baseline_us
+        )
+
+    def over(operation, inputs, *first):
+        return [partial(operation, *first, *given) for given in inputs]
+
+    for batch in tokens:
+        x = torch.randn(batch, n, device=device, dtype=torch.bfloat16)
+        few = batch <= 16
+        ours, library = over(kernels.linear_forward, weights, x), over(torch.nn.functional.linear, dense_arguments, x)
+        yield row("linear, decoding" if few else "linear, forward", batch, ours, library, packed_bytes if few else None)
+        if few:
+            continue
+        dy = torch.randn(batch, m, device=device, dtype=torch.bfloat16)
+        ours, library = over(kernels.linear_backward_input, weights, dy), over(torch.mm, dense_arguments, dy)
+        yield row("linear, dX", batch, ours, library)
+        ours = over(kernels.linear_backward_weight, [(*w, [signal]) for w in weights], dy, x)
+        yield row("linear, dW to signs and scales", batch, ours, over(torch.mm, [(dy.T, x)]))
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+    fill = over(partial(kernels.dequantize, out=out), weights)
+    yield row("dequantize", 0, fill, over(out.copy_, dense_arguments), packed_bytes + 2 * m * n)
+    if planes == 1:
+        yield from _on_words(m, n, [weight[0][0] for weight in weights], dense, device, row, over)
+
+
+def _on_words(m, n, words, dense, device, row, over) -> Iterator[Measured]:
+    """Operations that know one plane at a time."""
+    bits, elements = 4 * words[0].numel(), 32 * words[0].numel()
+    yield row("pack", 0, over(kernels.pack_signs, [(w,) for w in dense]), [], 2 * m * n + bits)
+    masks = [torch.randint_like(w, 2) for w in words[:4]]
+    yield row("xor_apply", 0, over(kernels.xor_apply, list(zip(words, masks, strict=False))), [], 3 * bits)
+    ranks = [torch.stack([words[(r + i) % len(words)].view(-1) for r in range(8)]) for i in range(2)]
+    yield row("vote, 8 ranks", 0, over(kernels.vote, [(r,) for r in ranks]), [], 9 * bits)
+    signal = torch.randn(1, elements, device=device) * 0.01
+    accumulators = [torch.zeros(elements, dtype=torch.int8, device=device) for _ in range(_copies(elements))]
+
+    def update(accumulator, plane):
+        kernels.accumulate_signal(accumulator, signal, 32000, 1.0, [7], 0)
+        found, _ = kernels.find_candidates(accumulator, plane.view(-1))
+        kernels.xor_apply(plane, kernels.flip_mask(found, plane.numel()))
+
+    if device.type == "cpu":  # looks for flips, whose number a graph cannot wait for
+        weight, gradient = dense[0].clone(), torch.randn_like(dense[0])
+        moments = torch.zeros_like(weight), torch.zeros_like(weight)
+        step = torch.ones(())
+
+        def adamw():
+            torch._fused_adamw_(
+                [weight], [gradient], [moments[0]], [moments[1]], [], [step], lr=1e-3, beta1=0.9, beta2=0.95,
+                weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+        pairs = list(zip(accumulators, words, strict=False))
+        yield row("flip_update, to fused AdamW", 0, over(update, pairs), [adamw], elements * 6 + 3 * bits)
+
+
+def random_weight(m: int, n: int, planes: int, device: torch.device):
+    packed = [kernels.pack_signs(torch.randn(m, n, device=device)) for _ in range(planes)]
+    return packed, torch.rand(planes, m, device=device) + 0.5, torch.rand(planes, n, device=device) + 0.5

@@ -1,0 +1,104 @@
+"""``mbdist tune``: the launch settings that are fastest on this kind of GPU, as the table that kernels read.
+
+A grid of block sizes and warps an operation, measured on one matrix for every number of planes; then from how many
+tokens on a dense weight and the library's product beat tiles made in registers. Settings that do not fit the GPU
+(shared memory, registers) are passed over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from triton.runtime.errors import OutOfResources
+
+import mbdist_kernels as kernels
+from mbdist.bench.kernels import median_us, random_weight
+from mbdist_kernels import Signal
+from mbdist_kernels.launch import TUNED, device_name, trying
+from mbdist_kernels.linear_forward import linear_by_dense_weight, linear_in_tiles_triton
+
+_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def tune(
+    output: Path | None, shape: tuple[int, int] = (8192, 8192), planes: tuple[int, ...] = (1, 2, 3, 4)
+) -> dict[str, dict]:
+    """Measure and write the table; returns it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console, table = Console(), {}
+    for operation, bucket, call, grid in _operations(shape, planes, device):
+        found = {}
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            with trying(operation, chosen):
+                try:
+                    found[values] = median_us([call], device)
+                except OutOfResources:
+                    continue
+        best = min(found, key=lambda values: found[values])
+        table.setdefault(operation, {})[bucket] = dict(zip(grid, best, strict=True))
+        spread = max(found.values()) / found[best]
+        console.print(
+            f"{operation} {bucket}: {found[best]:,.1f} us, the slowest settings take {spread:.1f} times as long"
+        )
+    table["dense_from"] = {
+        f"K={count}": {"tokens": _dense_from(shape, count, device, table.get("linear_in_tiles", {}).get(f"K={count}"))}
+        for count in planes
+    }
+    output = output or TUNED / f"{device_name()}.json"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written to {output}")
+    return table
+
+
+def _operations(
+    shape: tuple[int, int], planes: tuple[int, ...], device: torch.device
+) -> Iterator[tuple[str, str, Callable, dict]]:
+    m, n = shape
+    of_blocks = {"BLOCK_ROWS": (4, 8, 16), "BLOCK_WORDS": (8, 16, 32), "num_warps": (4, 8)}
+    x = torch.randn(16, n, dtype=torch.bfloat16, device=device)
+    more = torch.randn(512, n, dtype=torch.bfloat16, device=device)
+    dense = torch.randn(m, n, dtype=torch.bfloat16, device=device)
+    for count in planes:
+        weight, bucket = random_weight(m, n, count, device), f"K={count}"
+        yield "dequantize", bucket, partial(kernels.dequantize, *weight, out=torch.empty_like(dense)), of_blocks
+        decode = {"BLOCK_ROWS": (64, 128), "BLOCKS_AT_A_TIME": (4, 8), "SPLIT": (1, 2, 4)}
+        decode |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+        yield "linear_decode", bucket, partial(kernels.linear_decode, x, *weight), decode
+        tiles = {"BLOCK_ROWS": (64, 128), "BLOCK_TOKENS": (64, 128), "BLOCK_WORDS": (1, 2)}
+        tiles |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+        yield "linear_in_tiles", bucket, partial(linear_in_tiles_triton, more, *weight), tiles
+        signal = Signal(torch.ones(m, device=device), torch.ones(n, device=device))
+        signal.words = torch.empty(m, kernels.words_per_row(n), dtype=torch.int32, device=device)
+        signal.magnitudes = torch.empty(m, device=device)
+        gradients = torch.empty_like(weight[1]), torch.zeros_like(weight[2])
+        backward = partial(kernels.scale_gradients_and_signals, dense, *weight, *gradients, [signal])
+        yield "linear_backward", bucket, backward, of_blocks | {"BLOCK_ROWS": (16, 32, 64), "BLOCK_WORDS": (4, 8)}
+    yield "pack", "", partial(kernels.pack_signs, dense), of_blocks
+    words, elements = weight[0][0], weight[0][0].numel() * 32
+    of_words = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8)}
+    yield "xor_apply", "", partial(kernels.xor_apply, words, words.clone()), of_words
+    yield "vote", "", partial(kernels.vote, words.view(8, -1)), of_words
+    signal = torch.randn(1, elements, device=device) * 0.01
+    accumulator = torch.zeros(elements, dtype=torch.int8, device=device)
+    yield "flip_update", "", partial(kernels.accumulate_signal, accumulator, signal, 32000, 1.0, [7], 0), of_words
+
+
+def _dense_from(shape: tuple[int, int], planes: int, device: torch.device, tiles: dict | None) -> int:
+    """The first of ``_TOKENS`` from which on the dense weight wins."""
+    weight = random_weight(*shape, planes, device)
+    wins = []
+    for tokens in _TOKENS:
+        x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
+        dense = median_us([partial(linear_by_dense_weight, x, *weight, None)], device)
+        with trying("linear_in_tiles", tiles):
+            wins.append(dense <= median_us([partial(linear_in_tiles_triton, x, *weight)], device))
+    lost = max((i for i, won in enumerate(wins) if not won), default=-1)
+    return _TOKENS[lost + 1] if lost + 1 < len(_TOKENS) else 2 * _TOKENS[-1]

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbdist.errors import UserError
+
+
+def tune(
+    output: Annotated[
+        Path | None, typer.Option(help="Table to write. Default: the one of this kind of GPU that kernels read.")
+    ] = None,
+) -> None:
+    """Measure the launch settings of the kernels on this GPU and write their table. Once a kind of GPU; some minutes.
+
+    All workers of a run must have the same table: it decides in which order sums are taken. Copy it with the
+    installation, or to every node.
+
+    Example: `mbdist tune`
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("mbdist tune measures kernels on a GPU, and there is none here; a CPU has nothing to tune")
+    from mbdist.bench.tune import tune
+
+    tune(output)

@@ -1,0 +1,62 @@
+"""The kernel bench and the tuner on small matrices: real operations, real rows; the tuner runs in the interpreter."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from mbdist.bench import kernels as kernel_bench
+from mbdist.bench import tune as tuner
+from mbdist.bench.kernels import bench_kernels
+from mbdist.cli.main import app
+from mbdist_kernels import launch, library
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr(kernel_bench, "_SECONDS", 0.0)
+
+
+def test_rows_name_operation_shape_and_baseline(tmp_path):
+    results = tmp_path / "kernels.json"
+    rows = bench_kernels([(64, 96)], [1, 2], [1, 32], results)
+    written = json.loads(results.read_text())
+    assert written["rows"] == rows and written["copy_gb_s"] > 0 and "cpu" in written["device"]
+    assert {row["planes"] for row in rows} == {1, 2} and {row["batch"] for row in rows} == {0, 1, 32}
+    decoding = next(row for row in rows if row["op"] == "linear, decoding")
+    assert decoding["shape"] == "64x96" and decoding["us"] > 0 and decoding["baseline_us"] > 0 < decoding["floor_us"]
+    assert {"pack", "dequantize", "vote, 8 ranks", "linear, dW to signs and scales"} <= {row["op"] for row in rows}
+
+
+def test_a_shape_that_is_none_is_refused():
+    found = CliRunner().invoke(app, ["bench", "kernels", "--shape", "big"])
+    assert found.exit_code != 0 and "5120x5120" in str(found.exception)
+
+
+def test_tuning_without_a_gpu_says_so():
+    found = CliRunner().invoke(app, ["tune"])
+    assert found.exit_code != 0 and "none here" in str(found.exception)
+
+
+@pytest.mark.slow
+def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
+    few = {"BLOCK_ROWS": (32,), "num_warps": (4,), "BLOCK": (1024, 2048)}
+
+    def fewer(*arguments):
+        for operation, bucket, call, grid in real(*arguments):
+            yield operation, bucket, call, {key: few.get(key, values[:1]) for key, values in grid.items()}
+
+    real = tuner._operations
+    monkeypatch.setattr(tuner, "_operations", fewer)
+    monkeypatch.setattr(tuner, "_TOKENS", (17, 32))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    with library.kernels_on_cpu():
+        table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
+    launch.table.cache_clear()
+    try:
+        assert launch.settings("dequantize", {}, "K=1") == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]
+        assert launch.settings("vote", {})["BLOCK"] in (1024, 2048)
+        assert launch.settings("dense_from", {}, "K=1")["tokens"] in (17, 32, 64)
+    finally:
+        monkeypatch.undo()
+        launch.table.cache_clear()
