@@ -34,7 +34,7 @@ from mbdist_kernels.popcount import popcount
 from mbdist_kernels.random import fold_key, random_bits
 from mbdist_kernels.scratch import reused_scratch
 from mbdist_kernels.signal_codec import signal_accumulate, signal_encode
-from mbdist_kernels.unpack import unpack_bits, unpack_signs
+from mbdist_kernels.unpack import bits_at, unpack_bits, unpack_signs
 from mbdist_kernels.vote import vote
 from mbdist_kernels.xor_apply import xor_apply
 
@@ -48,6 +48,7 @@ __all__ = [
     "AccumulatorFormat",
     "Signal",
     "accumulate_signal",
+    "bits_at",
     "column_square_sums",
     "dequantize",
     "draw_tickets",

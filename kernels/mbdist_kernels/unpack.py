@@ -33,6 +33,14 @@ def unpack_bits(
     return _unpack_bits(words)
 
 
+def bits_at(
+    words: torch.Tensor,  # (W,) int32
+    elements: torch.Tensor,  # (C,) integers: element e is bit e % 32 of word e // 32
+) -> torch.Tensor:
+    """The bits of a few elements: int32 (C,)."""
+    return (words[elements.long() // WORD_BITS] >> (elements % WORD_BITS).int()) & 1
+
+
 @functools.cache
 def _byte_to_signs(dtype: torch.dtype) -> torch.Tensor:
     """Table (256, 8): row b holds the eight signs packed in byte b."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mbdist_kernels import THRESHOLD, TOP_RANK, WORD_BITS
+from mbdist_kernels import THRESHOLD, TOP_RANK, bits_at
 
 
 @dataclass
@@ -55,9 +55,8 @@ def level_moves(
     where |G| / h > D / 2; the accumulator is in units of |s_last|, half the step that the last plane makes, and the
     rank takes the step as it is. Elements on their outermost level, or for which the step is too long, drop out."""
     num_planes = len(words)
-    positions = elements.long()
-    bits = torch.stack([(plane[positions // WORD_BITS] >> (elements % WORD_BITS)) & 1 for plane in words])  # (K, C)
-    positions = positions + first_element
+    bits = torch.stack([bits_at(plane, elements) for plane in words])  # (K, C)
+    positions = elements.long() + first_element
     scales = scale_out[:, positions // row_elements] * scale_in[:, positions % row_elements]  # (K, C)
     current = _level(list((1 - 2 * bits).float()), scales)
     downhill = -values.sign().float()
