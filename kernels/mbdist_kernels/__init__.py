@@ -1,6 +1,7 @@
 """Operations on packed Boolean planes. Knows tensors, not models; needs torch and triton alone.
 
-An operation a file: its kernel, its version for the CPU, and the plain torch version that both are held to.
+An operation a file: its kernel, its version for the CPU, and the plain torch version that both are held to. (What
+conversion alone uses, ``nearest_levels`` and ``error_feedback``, has no kernel.)
 """
 
 from mbdist_kernels.dequantize import dequantize

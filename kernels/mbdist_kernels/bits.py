@@ -51,6 +51,14 @@ def signed(values, words, shift):
     return flipped.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def block_of(row_words, BLOCK_WORDS: tl.constexpr):
+    """(number of the block of rows, of the block of words, blocks of words in a row) of this program."""
+    across = tl.cdiv(row_words, BLOCK_WORDS)
+    program = tl.program_id(0)
+    return program // across, program % across, across
+
+
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as int16 (bf16) or int32 (fp32)."""
-    return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+    """The same memory as int16 (bf16) or int32 (fp32). Raises KeyError for another dtype."""
+    return tensor.view({torch.bfloat16: torch.int16, torch.float32: torch.int32}[tensor.dtype])

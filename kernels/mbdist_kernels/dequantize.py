@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, bits_of_float, signed
-from mbdist_kernels.launch import blocks, settings
+from mbdist_kernels.bits import as_bits, bits_of_float, block_of, signed
+from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.library import operation
 from mbdist_kernels.unpack import unpack_signs
 
@@ -29,9 +29,10 @@ def dequantize(
     scale_out: torch.Tensor,  # (K, m) fp32
     scale_in: torch.Tensor,  # (K, n) fp32
     out: torch.Tensor | None = None,  # (m, n) fp32 or bf16, contiguous
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,  # where no ``out`` is given
 ) -> torch.Tensor:
-    """Dense W_hat (m, n) in ``out`` (or a new tensor of ``dtype``)."""
+    """Dense W_hat (m, n) in ``out``, or a new tensor. Raises ValueError where ``out`` is not contiguous."""
+    torch._check_value(out is None or out.is_contiguous(), lambda: "dequantize writes to contiguous memory")
     if out is None:
         out = torch.empty(scale_out.shape[1], scale_in.shape[1], dtype=dtype, device=scale_out.device)
     _dequantize(planes, scale_out, scale_in, out)
@@ -68,11 +69,11 @@ def dequantize_triton(
 ) -> None:
     """On a GPU; scales of another dtype than fp32 are cast."""
     (m, n), width = out.shape, planes[0].shape[1]
-    chosen = settings("dequantize", {"BLOCK_ROWS": 8, "BLOCK_WORDS": 16, "num_warps": 4}, f"K={len(planes)}")
+    chosen = settings("dequantize", len(planes))
     if out.dtype not in (torch.float32, torch.bfloat16):
         out.copy_(dequantize(planes, scale_out, scale_in))
     elif out.numel():
-        _dequantize_kernel[blocks(m, width, chosen)](
+        _dequantize_kernel[grid(m, width, chosen)](
             tuple(plane.contiguous() for plane in planes),
             scale_out.float().contiguous(),
             scale_in.float().contiguous(),
@@ -101,8 +102,9 @@ def _dequantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     shift = tl.arange(0, 32)
     column = word[:, None] * 32 + shift[None, :]
     in_rows = row < num_rows

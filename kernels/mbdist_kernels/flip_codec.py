@@ -37,7 +37,9 @@ def flip_apply_sparse(
     positions: torch.Tensor,  # (C,) uint16
     counts: torch.Tensor,  # (blocks,) int32
 ) -> None:
-    """XOR the encoded flips into the words: what ``xor_apply`` does with the mask."""
+    """XOR the encoded flips into the words: what ``xor_apply`` does with the mask. Raises ValueError where the words
+    are not contiguous."""
+    torch._check_value(words.is_contiguous(), lambda: "flip_apply_sparse changes contiguous words")
     _apply(words, positions.view(torch.int16), counts)
 
 
@@ -52,7 +54,7 @@ def apply_reference(words: torch.Tensor, positions: torch.Tensor, counts: torch.
 
 def apply_triton(words: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
     """On a GPU: a program a block; flips of one word meet in an atomic XOR, whose order does not matter."""
-    chosen = settings("flip_apply_sparse", {"BLOCK": 1024, "num_warps": 4})
+    chosen = settings("flip_apply_sparse")
     if positions.numel():
         ends = counts.cumsum(0, dtype=torch.int32)
         _apply_kernel[(len(counts),)](words, positions, ends, counts, **chosen)

@@ -16,6 +16,7 @@ Worked example: m = 10, beta = 1, signal = +0.25 gives (10 * 32768 + 0.25 * 64 *
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -91,15 +92,13 @@ def accumulate_reference(accumulator, signals, beta_q15, limit_q, keys, first_el
 def accumulate_triton(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
     """On a GPU; arguments as in ``accumulate_reference``."""
     elements = accumulator.numel()
-    chosen = settings("flip_update", {"BLOCK": 2048, "num_warps": 4})
+    chosen = settings("flip_update")
     if not elements:
         return
-    # Keys as int32 bits: torch has next to no unsigned arithmetic.
-    of_contribution = torch.tensor(keys, dtype=torch.int64).to(torch.int32).to(signals.device, non_blocking=True)
     _accumulate_kernel[(-(-elements // chosen["BLOCK"]),)](
         accumulator,
         signals.contiguous(),
-        of_contribution,
+        _keys_on_device(tuple(keys), signals.device),
         elements,
         first_element // 2,
         beta_q15,
@@ -112,7 +111,14 @@ def accumulate_triton(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     )
 
 
-@triton.jit
+@functools.lru_cache(maxsize=8)  # the same in a captured graph as outside
+def _keys_on_device(keys: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """As int32 bits: torch has next to no unsigned arithmetic."""
+    return torch.tensor(keys, dtype=torch.int64).to(torch.int32).to(device)
+
+
+# What changes from step to step must not select another binary: a rank would stop to compile it.
+@triton.jit(do_not_specialize=["first_pair", "beta_q15", "limit_q", "bound"])
 def _accumulate_kernel(
     accumulator,  # (E,) int8
     signals,  # (C, E) fp32
@@ -134,7 +140,7 @@ def _accumulate_kernel(
     limit = limit_q.to(tl.float32)
     beta = beta_q15
     for c in tl.static_range(CONTRIBUTIONS):
-        signal = tl.load(signals + c * num_elements.to(tl.int64) + at, mask=inside, other=0.0)
+        signal = tl.load(signals + c * tl.cast(num_elements, tl.int64) + at, mask=inside, other=0.0)
         wanted = signal * UNIT
         wanted = tl.where(wanted == wanted, wanted, 0.0)
         wanted = tl.minimum(tl.maximum(wanted, -limit), limit)
@@ -190,7 +196,7 @@ def candidate_mask_triton(accumulator: torch.Tensor, words: torch.Tensor | None,
     """On a GPU: one pass over accumulators and words."""
     num_words = accumulator.numel() // WORD_BITS
     mask = torch.empty(num_words, dtype=torch.int32, device=accumulator.device)
-    chosen = settings("candidate_mask", {"BLOCK_WORDS": 64, "num_warps": 4})
+    chosen = settings("candidate_mask")
     if num_words:
         _candidate_kernel[(-(-num_words // chosen["BLOCK_WORDS"]),)](
             accumulator,

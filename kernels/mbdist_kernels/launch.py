@@ -18,9 +18,43 @@ TUNED = Path(__file__).with_name("tuned")
 _tried: dict[str, dict] = {}
 
 
-def settings(operation: str, rule: dict, bucket: str = "") -> dict:
-    """The launch settings of an operation: those of the table of this GPU, else ``rule``."""
-    return _tried.get(operation) or table(device_name()).get(operation, {}).get(bucket, rule)
+_RULES = {
+    "pack": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 32, "num_warps": 4},
+    "unpack": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 32, "num_warps": 4},
+    "popcount": {"BLOCK": 4096, "num_warps": 4},
+    "xor_apply": {"BLOCK": 4096, "num_warps": 4},
+    "vote": {"BLOCK": 1024, "num_warps": 4},
+    "flip_update": {"BLOCK": 2048, "num_warps": 4},
+    "candidate_mask": {"BLOCK_WORDS": 64, "num_warps": 4},
+    "flip_apply_sparse": {"BLOCK": 1024, "num_warps": 4},
+    "signal_accumulate": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 16, "num_warps": 4},
+    "dequantize": {"BLOCK_ROWS": 8, "BLOCK_WORDS": 16, "num_warps": 4},
+    "linear_backward": {"BLOCK_ROWS": 32, "BLOCK_WORDS": 4, "num_warps": 4},
+    "linear_decode": {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 8, "SPLIT": 1, "num_warps": 4, "num_stages": 3},
+    "linear_in_tiles": {"BLOCK_ROWS": 128, "BLOCK_TOKENS": 128, "BLOCK_WORDS": 2, "num_warps": 8, "num_stages": 3},
+    "dense_from": {"tokens": 1536},  # a product that loses 18 % to the library breaks even with it
+}
+
+
+def settings(operation: str, planes: int | None = None) -> dict:
+    """The launch settings of an operation, for a number of planes where it matters: those of the table of the current
+    GPU, else of the rule."""
+    found = _tried.get(operation) or table(device_name()).get(operation, {}).get(bucket(planes))
+    return found or rule(operation, planes)
+
+
+def bucket(planes: int | None) -> str:
+    """The key of a table's settings."""
+    return "" if planes is None else f"K={planes}"
+
+
+def rule(operation: str, planes: int | None = None) -> dict:
+    """What serves a GPU that was not measured."""
+    if operation == "linear_decode" and shared_memory_bytes() < 120_000:  # three stages of 14 KB a block of columns
+        return {**_RULES[operation], "BLOCKS_AT_A_TIME": 4}
+    if operation == "linear_in_tiles" and (planes or 0) > 3:  # 128 x 128 would not fit the registers
+        return {**_RULES[operation], "BLOCK_ROWS": 64}
+    return _RULES[operation]
 
 
 @contextmanager
@@ -34,14 +68,32 @@ def trying(operation: str, chosen: dict) -> Iterator[None]:
 
 
 def blocks(num_rows: int, num_words: int, chosen: dict) -> tuple[int, int]:
-    """The grid that covers rows and words of a plane with blocks of ``chosen``'s size."""
+    """How many blocks of ``chosen``'s size cover the rows, and the words, of a plane."""
     return -(-num_rows // chosen["BLOCK_ROWS"]), -(-num_words // chosen["BLOCK_WORDS"])
 
 
-@functools.cache
+def grid(num_rows: int, num_words: int, chosen: dict) -> tuple[int]:
+    """All of these blocks in one dimension, the only one of a launch without a small limit: see ``block_of``."""
+    down, across = blocks(num_rows, num_words, chosen)
+    return (down * across,)
+
+
+def shared_memory_bytes() -> int:
+    """What a block may have on the current GPU; on an H100 where there is none."""
+    return _properties(torch.cuda.current_device())[1] if torch.cuda.is_available() else 232448
+
+
 def device_name() -> str:
     """``nvidia_h100_80gb_hbm3``, say; ``cpu`` where there is no GPU."""
-    return torch.cuda.get_device_name().lower().replace(" ", "_") if torch.cuda.is_available() else "cpu"
+    return _properties(torch.cuda.current_device())[0] if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _properties(device: int) -> tuple[str, int]:
+    found = torch.cuda.get_device_properties(device)
+    return found.name.lower().replace(" ", "_"), getattr(
+        found, "shared_memory_per_block_optin", found.shared_memory_per_block
+    )
 
 
 @functools.cache

@@ -24,12 +24,25 @@ def operation(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> 
     def on_cpu(*arguments):
         return (cuda if _interpreted else cpu)(*arguments)
 
+    def on_cuda(*arguments):
+        # Triton launches on the current device, which need not be the tensors' where a model spans several.
+        device = _first_tensor(arguments).device
+        if device.index == torch.cuda.current_device():
+            return cuda(*arguments)
+        with torch.cuda.device(device):
+            return cuda(*arguments)
+
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.needs_fixed_stride_order)
     _LIBRARY.impl(name, on_cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+    _LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"mbdist::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.mbdist, name).default
+
+
+def _first_tensor(arguments: tuple) -> torch.Tensor:
+    first = arguments[0]
+    return first if isinstance(first, torch.Tensor) else first[0]
 
 
 @contextmanager

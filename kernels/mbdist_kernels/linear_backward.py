@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, float_of_bits, signed
+from mbdist_kernels.bits import as_bits, block_of, float_of_bits, signed
 from mbdist_kernels.dequantize import dequantize
 from mbdist_kernels.launch import blocks, settings
 from mbdist_kernels.layout import WORD_BITS, words_per_row
@@ -35,6 +35,7 @@ from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.scratch import reused_scratch
 from mbdist_kernels.unpack import unpack_signs
 
+_TILE_ROWS = 128  # of the library's product: a chunk of a part of a tile would waste the rest
 _CHUNK_BYTES = 16 << 20  # rows of G computed at a time: stays in a GPU's L2, bounded for any matrix
 
 
@@ -76,8 +77,10 @@ def linear_backward_weight(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dL/ds_out (K, m), dL/ds_in (K, n)), fp32."""
     m, n = scale_out.shape[1], scale_in.shape[1]
-    grad_out, grad_in = torch.empty_like(scale_out), torch.zeros_like(scale_in)
-    rows_at_a_time = max(WORD_BITS, _CHUNK_BYTES // (n * dy.element_size()))
+    grad_out = torch.empty(scale_out.shape, device=dy.device)
+    grad_in = torch.zeros(scale_in.shape, device=dy.device)
+    whole_tiles = _CHUNK_BYTES // (n * dy.element_size()) // _TILE_ROWS * _TILE_ROWS
+    rows_at_a_time = max(_TILE_ROWS, whole_tiles)
     buffer = reused_scratch(min(rows_at_a_time, m) * n, dy.dtype, dy.device)
     for first in range(0, m, rows_at_a_time):
         rows = slice(first, min(first + rows_at_a_time, m))
@@ -104,7 +107,11 @@ def scale_gradients_and_signals(
     grad_scale_in: torch.Tensor,  # (K, n) fp32, added to
     signals: Sequence[Signal] = (),  # all in one form; written
 ) -> None:
-    """One streaming pass over G."""
+    """One streaming pass over G. Raises ValueError where signals differ in form or are not contiguous."""
+    in_words = {signal.values is None for signal in signals}
+    targets = [t for signal in signals for t in (signal.values, signal.words, signal.magnitudes) if t is not None]
+    torch._check_value(len(in_words) < 2, lambda: "signals are all values, or all words and magnitudes")
+    torch._check_value(all(t.is_contiguous() for t in targets), lambda: "signals are written to contiguous memory")
     _epilogue(
         gradient,
         planes,
@@ -134,9 +141,10 @@ def _epilogue_cpu(
         epilogue_reference(
             gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values
         )
-    for signal, signs, sizes in zip(values, words, magnitudes, strict=False):
-        signs.copy_(pack_signs(signal))
-        sizes.copy_(signal.abs().sum(1) / n)
+    if words:
+        for signal, signs, sizes in zip(values, words, magnitudes, strict=True):
+            signs.copy_(pack_signs(signal))
+            sizes.copy_(signal.abs().sum(1) / n)
 
 
 def epilogue_reference(
@@ -159,13 +167,14 @@ def epilogue_triton(
 ) -> None:
     """On a GPU. Arguments as in ``scale_gradients_and_signals``."""
     (m, n), width, count = gradient.shape, planes[0].shape[1], len(planes)
-    chosen = settings("linear_backward", {"BLOCK_ROWS": 32, "BLOCK_WORDS": 4, "num_warps": 4}, f"K={count}")
-    grid = blocks(m, width, chosen)
+    chosen = settings("linear_backward", count)
+    down, across = blocks(m, width, chosen)
     device = gradient.device
-    out_parts = torch.empty(count, grid[1], m, device=device)
-    in_parts = torch.empty(count, grid[0], n, device=device)
-    size_parts = torch.empty(len(words), grid[1], m, device=device)
-    _epilogue_kernel[grid](
+    out_parts = torch.empty(count, across, m, device=device)
+    in_parts = torch.empty(count, down, n, device=device)
+    size_parts = torch.empty(len(words), across, m, device=device)
+    gradient = gradient if gradient.dtype == torch.bfloat16 else gradient.float()
+    _epilogue_kernel[(down * across,)](
         as_bits(gradient.contiguous()),
         tuple(plane.contiguous() for plane in planes),
         scale_out.float().contiguous(),
@@ -212,8 +221,10 @@ def _epilogue_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row_block, word_block, across = block_of(row_words, BLOCK_WORDS)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    down = tl.cdiv(num_rows, BLOCK_ROWS)
     shift = tl.arange(0, 32)
     column = word[:, None] * 32 + shift[None, :]
     in_rows, in_columns = row < num_rows, column < num_columns
@@ -228,8 +239,8 @@ def _epilogue_kernel(
         with_sign = signed(g, packed[:, :, None], shift[None, None, :])
         out_part = tl.sum(tl.sum(with_sign * of_column[None], 2), 1)
         in_part = tl.sum(with_sign * of_row[:, None, None], 0)
-        tl.store(out_parts + (k * tl.num_programs(1) + tl.program_id(1)) * num_rows + row, out_part, mask=in_rows)
-        target = in_parts + (k * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * num_columns + column
+        tl.store(out_parts + (k * across + word_block) * num_rows + row, out_part, mask=in_rows)
+        target = in_parts + (k * down + row_block).to(tl.int64) * num_columns + column
         tl.store(target, in_part, mask=in_columns)
     for s in tl.static_range(SIGNALS):
         of_row = tl.load(row_factors[s] + row, mask=in_rows, other=0.0)
@@ -240,7 +251,7 @@ def _epilogue_kernel(
             packed = tl.sum((signal < 0).to(tl.int32) << shift[None, None, :], 2)
             tl.store(signals[s] + row[:, None] * row_words + word[None, :], packed, mask=in_words)
             size = tl.sum(tl.sum(tl.abs(signal), 2), 1)
-            tl.store(size_parts + (s * tl.num_programs(1) + tl.program_id(1)) * num_rows + row, size, mask=in_rows)
+            tl.store(size_parts + (s * across + word_block) * num_rows + row, size, mask=in_rows)
         else:
             target = signals[s] + row[:, None, None] * (row_words * 32) + column[None]
             tl.store(target, signal, mask=in_words[:, :, None])

@@ -68,30 +68,32 @@ def linear_decode_triton(
     """On a GPU."""
     (tokens, n), m, width = x.shape, scale_out.shape[1], planes[0].shape[1]
     count, num_blocks = len(planes), -(-n // _BLOCK)
-    rule = {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 8, "SPLIT": 1, "num_warps": 4, "num_stages": 3}
-    chosen = settings("linear_decode", rule, f"K={count}")
+    chosen = settings("linear_decode", count)
     step = chosen["BLOCKS_AT_A_TIME"] * chosen["SPLIT"]
     padded = -(-num_blocks // step) * step * _BLOCK
     inputs = torch.empty(count, MOST_TOKENS, padded, dtype=torch.int16, device=x.device)
-    x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    y = torch.empty(tokens, m, dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32, device=x.device)
+    parts = y if chosen["SPLIT"] == 1 else y.new_empty(chosen["SPLIT"], tokens, m, dtype=torch.float32)
+    x, dtype = x if x.dtype == torch.bfloat16 else x.float(), x.dtype
     _permute_kernel[count, MOST_TOKENS, padded // _BLOCK](
         as_bits(x.contiguous()), scale_in.float().contiguous(), inputs, tokens, n, padded, BLOCK=_BLOCK
     )
-    parts = torch.empty(chosen["SPLIT"], tokens, m, dtype=torch.float32, device=x.device)
     _decode_kernel[-(-m // chosen["BLOCK_ROWS"]), chosen["SPLIT"]](
         tuple(plane.contiguous() for plane in planes),
         scale_out.float().contiguous(),
         inputs.view(torch.bfloat16),
-        parts,
+        as_bits(parts),
         tokens,
         m,
         width,
         padded,
         padded // 32 // chosen["SPLIT"],
         PLANES=count,
+        SIXTEEN=parts.dtype == torch.bfloat16,
+        enable_fp_fusion=True,
         **chosen,
     )
-    return parts.sum(0).to(x.dtype)
+    return (y if parts is y else parts.sum(0)).to(dtype)
 
 
 @triton.jit
@@ -119,13 +121,14 @@ def _decode_kernel(
     planes,  # K of (m, W)
     scale_out,  # (K, m)
     inputs,  # (K, 16, padded) bf16, permuted
-    parts,  # (SPLIT, T, m) fp32
+    parts,  # (SPLIT, T, m) as integers
     num_tokens,
     num_rows,
     row_words,
     padded,
     split_words,  # words of a row that a program goes through
     PLANES: tl.constexpr,
+    SIXTEEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCKS_AT_A_TIME: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -160,7 +163,7 @@ def _decode_kernel(
             sums = product(signs, value, sums)
         total += tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)[:, None] * sums
     target = parts + (tl.program_id(1) * num_tokens + token)[None, :] * num_rows + row[:, None]
-    tl.store(target, total, mask=in_rows[:, None] & (token < num_tokens)[None, :])
+    tl.store(target, bits_of_float(total, SIXTEEN), mask=in_rows[:, None] & (token < num_tokens)[None, :])
 
 
 _linear_decode = operation(

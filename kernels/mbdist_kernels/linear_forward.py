@@ -2,8 +2,8 @@
 
 Few tokens (up to 16, on a CPU 4) take ``linear_decode``. Many take a dense weight in scratch memory and the library's
 product: the dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes
-tiles of the weight in registers. From how many tokens on the dense pass pays is measured for a kind of GPU (``mbdist
-tune``); without a measurement it is 1536, where a product that loses 18 % to the library breaks even with it.
+tiles of the weight on its way to the tensor cores. From how many tokens on the dense pass pays is measured for a kind
+of GPU (``mbdist tune``); without a measurement it is 1536, where a product that loses 18 % to the library breaks even.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mbdist_kernels import native
 from mbdist_kernels.bits import as_bits, bits_of_float, product, signed
 from mbdist_kernels.dequantize import dequantize
 from mbdist_kernels.launch import settings
@@ -21,7 +22,6 @@ from mbdist_kernels.library import operation
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
 from mbdist_kernels.scratch import reused_scratch
 
-_DENSE_FROM_TOKENS = 1536  # on a GPU that was not measured
 _PACKED_TO_TOKENS_CPU = 4  # where K = 2 breaks even: the packed way costs the same for every token
 
 
@@ -38,7 +38,7 @@ def linear_forward(
 
 def linear_forward_cpu(x, planes, scale_out, scale_in, bias):
     """Packed or dense."""
-    if 0 < len(x) <= _PACKED_TO_TOKENS_CPU:
+    if 0 < len(x) <= _PACKED_TO_TOKENS_CPU and native.accelerator() is not None:
         return _add_bias(linear_decode(x, planes, scale_out, scale_in), bias)
     return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
 
@@ -46,7 +46,7 @@ def linear_forward_cpu(x, planes, scale_out, scale_in, bias):
 def linear_forward_triton(x, planes, scale_out, scale_in, bias):
     """Packed, in tiles or dense; dense alone where x is not in bf16, in which the two others multiply."""
     tokens = len(x)
-    dense_from = settings("dense_from", {"tokens": _DENSE_FROM_TOKENS}, f"K={len(planes)}")["tokens"]
+    dense_from = settings("dense_from", len(planes))["tokens"]
     if x.dtype != torch.bfloat16 or tokens >= dense_from or not tokens:
         return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
     multiply = linear_decode if tokens <= MOST_TOKENS else linear_in_tiles_triton
@@ -67,12 +67,9 @@ def _add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 def linear_in_tiles_triton(
     x: torch.Tensor, planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
 ) -> torch.Tensor:
-    """On a GPU, x in bf16: the weight exists in registers alone."""
+    """On a GPU, x in bf16: the weight exists in tiles alone, a block of columns at a time."""
     (tokens, n), m, width = x.shape, scale_out.shape[1], planes[0].shape[1]
-    # With more planes tiles of 128 x 128 would not fit the registers.
-    block_rows = 128 if len(planes) < 4 else 64
-    rule = {"BLOCK_ROWS": block_rows, "BLOCK_TOKENS": 128, "BLOCK_WORDS": 2, "num_warps": 8, "num_stages": 3}
-    chosen = settings("linear_in_tiles", rule, f"K={len(planes)}")
+    chosen = settings("linear_in_tiles", len(planes))
     y = torch.empty(tokens, m, dtype=x.dtype, device=x.device)
     _tiles_kernel[-(-m // chosen["BLOCK_ROWS"]), -(-tokens // chosen["BLOCK_TOKENS"])](
         x.contiguous(),
@@ -85,6 +82,7 @@ def linear_in_tiles_triton(
         n,
         width,
         PLANES=len(planes),
+        enable_fp_fusion=True,
         **chosen,
     )
     return y

@@ -141,6 +141,8 @@ def _describe(
     """The C view of K planes and their scales, and the tensors that must live as long as it."""
     planes = [plane.contiguous() for plane in planes]
     scale_in = scale_in.contiguous()
+    if scale_out.stride(1) != 1:
+        scale_out = scale_out.contiguous()
     if not 1 <= len(planes) <= _MAX_PLANES:
         raise ValueError(f"the CPU accelerator takes 1 to {_MAX_PLANES} planes, not {len(planes)}")
     words = (ctypes.c_void_p * _MAX_PLANES)(*(plane.data_ptr() for plane in planes))
@@ -154,7 +156,7 @@ def _describe(
         scale_in.shape[1],
         planes[0].shape[1],
     )
-    return view, [*planes, scale_in]
+    return view, [*planes, scale_out, scale_in]
 
 
 def dequantize(planes, scale_out, scale_in, out) -> None:
@@ -185,7 +187,7 @@ def scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_scal
 
 
 def linear_decode(x, planes, scale_out, scale_in) -> torch.Tensor:
-    view, _alive = _describe(planes, scale_out.contiguous(), scale_in)
+    view, _alive = _describe(planes, scale_out, scale_in)
     x = x.contiguous()
     y = torch.empty(len(x), scale_out.shape[1])
     accelerator().mbdist_linear_decode(

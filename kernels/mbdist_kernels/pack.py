@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.launch import blocks, settings
+from mbdist_kernels.bits import block_of
+from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.layout import WORD_BITS, words_per_row
 from mbdist_kernels.library import operation
 
@@ -51,9 +52,9 @@ def pack_signs_triton(values: torch.Tensor) -> torch.Tensor:
     integers = values.contiguous().view(_INTEGER_OF_SIZE[values.element_size()])
     (m, n), width = values.shape, words_per_row(values.shape[1])
     words = torch.empty(m, width, dtype=torch.int32, device=values.device)
-    chosen = settings("pack", {"BLOCK_ROWS": 4, "BLOCK_WORDS": 32, "num_warps": 4})
+    chosen = settings("pack")
     if words.numel():
-        _pack_kernel[blocks(m, width, chosen)](
+        _pack_kernel[grid(m, width, chosen)](
             integers,
             words,
             m,
@@ -78,8 +79,9 @@ def _pack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     bit = tl.arange(0, 32)
     column = (word[:, None] * 32 + bit[None, :])[None, :, :]
     inside = (row < num_rows)[:, None, None] & (column < num_columns)

@@ -30,7 +30,7 @@ def popcount_reference(words: torch.Tensor) -> torch.Tensor:
 def popcount_triton(words: torch.Tensor) -> torch.Tensor:
     """On a GPU: a count a block, then their sum."""
     words = words.contiguous()
-    chosen = settings("popcount", {"BLOCK": 4096, "num_warps": 4})
+    chosen = settings("popcount")
     grid = -(-words.numel() // chosen["BLOCK"])
     counts = torch.empty(grid, dtype=torch.int32, device=words.device)
     if grid:

@@ -10,15 +10,17 @@ _buffers = threading.local()  # two threads that serve models must not write int
 
 
 def reused_scratch(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A flat buffer of at least ``num_elements``, shared by all layers of the device: valid until the next call in
-    this thread (and, on a GPU, this stream).
+    """A flat buffer of ``num_elements``, valid until the next call in this thread.
 
-    One layer's weight is dense at a time, so one buffer as large as the largest layer serves a whole model.
+    One layer's weight is dense at a time, so memory for the largest layer serves a whole model. On a CPU it is kept: a
+    fresh allocation of its size would be paged in anew every time. On a GPU torch's allocator hands the same block out
+    again, in the order of the stream and of captured graphs.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cpu":
+        return torch.empty(num_elements, dtype=dtype, device=device)
     buffers = _buffers.__dict__.setdefault("buffers", {})
-    buffer = buffers.get((device, dtype, stream))
+    buffer = buffers.get(dtype)
     if buffer is None or buffer.numel() < num_elements:
         with torch.inference_mode(False):  # an inference tensor could not be written to in training later
-            buffer = buffers[device, dtype, stream] = torch.empty(num_elements, dtype=dtype, device=device)
+            buffer = buffers[dtype] = torch.empty(num_elements, dtype=dtype)
     return buffer[:num_elements]

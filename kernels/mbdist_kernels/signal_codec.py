@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.bits import signed
-from mbdist_kernels.launch import blocks, settings
+from mbdist_kernels.bits import block_of, signed
+from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.library import operation
 from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.unpack import unpack_signs, unpack_signs_reference
@@ -33,7 +33,9 @@ def signal_accumulate(
     words: torch.Tensor,  # (R, m, W) int32
     magnitudes: torch.Tensor,  # (R, m) fp32, times the weight of each rank
 ) -> None:
-    """Add what R ranks sent, rank 0 first: a fixed order, so the sum is the same wherever it is taken."""
+    """Add what R ranks sent, rank 0 first: a fixed order, so the sum is the same wherever it is taken. Raises
+    ValueError where the total is not contiguous."""
+    torch._check_value(total.is_contiguous(), lambda: "signal_accumulate adds to contiguous memory")
     _accumulate(total, words, magnitudes)
 
 
@@ -52,9 +54,9 @@ def accumulate_cpu(total: torch.Tensor, words: torch.Tensor, magnitudes: torch.T
 def accumulate_triton(total: torch.Tensor, words: torch.Tensor, magnitudes: torch.Tensor) -> None:
     """On a GPU, one pass over the total for all ranks."""
     (m, n), width = total.shape, words.shape[2]
-    chosen = settings("signal_accumulate", {"BLOCK_ROWS": 4, "BLOCK_WORDS": 16, "num_warps": 4})
+    chosen = settings("signal_accumulate")
     if total.numel():
-        _accumulate_kernel[blocks(m, width, chosen)](
+        _accumulate_kernel[grid(m, width, chosen)](
             total,
             words.contiguous(),
             magnitudes.contiguous(),
@@ -79,8 +81,9 @@ def _accumulate_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     shift = tl.arange(0, 32)
     column = (word[:, None] * 32 + shift[None, :])[None]
     in_rows = row < num_rows

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.launch import blocks, settings
+from mbdist_kernels.bits import block_of
+from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.layout import WORD_BITS
 from mbdist_kernels.library import operation
 
@@ -85,10 +86,10 @@ def unpack_bits_triton(words: torch.Tensor) -> torch.Tensor:
 
 def _launch(words: torch.Tensor, out: torch.Tensor, bits: bool) -> torch.Tensor:
     words = words.contiguous()
-    chosen = settings("unpack", {"BLOCK_ROWS": 4, "BLOCK_WORDS": 32, "num_warps": 4})
+    chosen = settings("unpack")
     if out.numel():
         rows, width = words.shape
-        _unpack_kernel[blocks(rows, width, chosen)](words, out, rows, width, out.shape[1], BITS=bits, **chosen)
+        _unpack_kernel[grid(rows, width, chosen)](words, out, rows, width, out.shape[1], BITS=bits, **chosen)
     return out
 
 
@@ -103,8 +104,9 @@ def _unpack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     inside = (row < num_rows)[:, None] & (word < row_words)[None, :]
     packed = tl.load(words + row[:, None] * row_words + word[None, :], mask=inside, other=0)
     shift = tl.arange(0, 32)

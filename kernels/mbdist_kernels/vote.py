@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mbdist_kernels.launch import settings
 from mbdist_kernels.library import operation
+from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.unpack import unpack_bits_reference
 
 _MOST_RANKS = 31
@@ -28,8 +29,6 @@ def vote(
 
 def vote_reference(words: torch.Tensor) -> torch.Tensor:
     """In plain torch, on unpacked bits: the oracle."""
-    from mbdist_kernels.pack import pack_signs
-
     ranks = len(words)
     count = unpack_bits_reference(words).int().sum(0)
     first = unpack_bits_reference(words[0])
@@ -61,7 +60,7 @@ def vote_triton(words: torch.Tensor) -> torch.Tensor:
     if ranks > _MOST_RANKS:
         return vote_cpu(words)
     majority = torch.empty(width, dtype=torch.int32, device=words.device)
-    chosen = settings("vote", {"BLOCK": 1024, "num_warps": 4})
+    chosen = settings("vote")
     if width:
         _vote_kernel[(-(-width // chosen["BLOCK"]),)](words.contiguous(), majority, width, RANKS=ranks, **chosen)
     return majority
@@ -78,7 +77,7 @@ def _vote_kernel(words, majority, num_words, RANKS: tl.constexpr, BLOCK: tl.cons
     c3, c4 = none - (START >> 3 & 1), none - (START >> 4 & 1)
     more = none
     for r in tl.static_range(RANKS):
-        carry = tl.load(words + r * num_words.to(tl.int64) + at, mask=inside, other=0)
+        carry = tl.load(words + r * num_words + at, mask=inside, other=0)
         c0, carry = c0 ^ carry, c0 & carry
         c1, carry = c1 ^ carry, c1 & carry
         c2, carry = c2 ^ carry, c2 & carry

@@ -14,7 +14,10 @@ def xor_apply(
     words: torch.Tensor,  # int32, contiguous, any shape; changed in place
     mask: torch.Tensor,  # int32, as many words or more
 ) -> None:
-    """XOR the first words of ``mask`` (ownership pads the last part) into ``words``."""
+    """XOR the first words of ``mask`` (ownership pads the last part) into ``words``. Raises ValueError where these are
+    not contiguous or the mask is shorter."""
+    fits = words.is_contiguous() and mask.numel() >= words.numel()
+    torch._check_value(fits, lambda: "xor_apply changes contiguous words, by a mask of as many or more")
     _xor_apply(words, mask)
 
 
@@ -25,7 +28,7 @@ def xor_apply_reference(words: torch.Tensor, mask: torch.Tensor) -> None:
 
 def xor_apply_triton(words: torch.Tensor, mask: torch.Tensor) -> None:
     """On a GPU."""
-    chosen = settings("xor_apply", {"BLOCK": 4096, "num_warps": 4})
+    chosen = settings("xor_apply")
     if words.numel():
         _xor_kernel[(-(-words.numel() // chosen["BLOCK"]),)](words, mask.contiguous(), words.numel(), **chosen)
 

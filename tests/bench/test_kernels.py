@@ -15,6 +15,7 @@ from mbdist_kernels import launch, library
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     monkeypatch.setattr(kernel_bench, "_SECONDS", 0.0)
+    monkeypatch.setattr(kernel_bench, "_ROTATED_BYTES", 1 << 16)
 
 
 def test_rows_name_operation_shape_and_baseline(tmp_path):
@@ -23,7 +24,7 @@ def test_rows_name_operation_shape_and_baseline(tmp_path):
     written = json.loads(results.read_text())
     assert written["rows"] == rows and written["copy_gb_s"] > 0 and "cpu" in written["device"]
     assert {row["planes"] for row in rows} == {1, 2} and {row["batch"] for row in rows} == {0, 1, 32}
-    decoding = next(row for row in rows if row["op"] == "linear, decoding")
+    decoding = next(row for row in rows if row["op"] == "linear, forward" and row["batch"] == 1)
     assert decoding["shape"] == "64x96" and decoding["us"] > 0 and decoding["baseline_us"] > 0 < decoding["floor_us"]
     assert {"pack", "dequantize", "vote, 8 ranks", "linear, dW to signs and scales"} <= {row["op"] for row in rows}
 
@@ -43,8 +44,8 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     few = {"BLOCK_ROWS": (32,), "num_warps": (4,), "BLOCK": (1024, 2048)}
 
     def fewer(*arguments):
-        for operation, bucket, call, grid in real(*arguments):
-            yield operation, bucket, call, {key: few.get(key, values[:1]) for key, values in grid.items()}
+        for operation, bucket, calls, grid in real(*arguments):
+            yield operation, bucket, calls[:1], {key: few.get(key, values[:1]) for key, values in grid.items()}
 
     real = tuner._operations
     monkeypatch.setattr(tuner, "_operations", fewer)
@@ -54,9 +55,9 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
         table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
     launch.table.cache_clear()
     try:
-        assert launch.settings("dequantize", {}, "K=1") == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]
-        assert launch.settings("vote", {})["BLOCK"] in (1024, 2048)
-        assert launch.settings("dense_from", {}, "K=1")["tokens"] in (17, 32, 64)
+        assert launch.settings("dequantize", 1) == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]
+        assert launch.settings("vote")["BLOCK"] in (1024, 2048)
+        assert launch.settings("dense_from", 1)["tokens"] in (17, 32, 64)
     finally:
         monkeypatch.undo()
         launch.table.cache_clear()

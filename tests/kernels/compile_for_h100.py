@@ -1,46 +1,99 @@
 """Compiles every kernel for sm_90, without a GPU, and prints what came out as JSON: run by test_compiled.py.
 
-A process of its own: the tests around it define their kernels for the interpreter (TRITON_INTERPRET=1).
+A process of its own: the tests around it define their kernels for the interpreter (TRITON_INTERPRET=1). Every kernel is
+compiled as it is launched without a measured table, and once more by the front end alone with each integer equal to 1,
+which Triton makes a constant of at run time, and the interpreter does not.
 """
 
 import importlib
 import json
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.tools.disasm import get_sass
 
+from mbdist_kernels.launch import rule
 
-def compile_kernel(module: str, name: str, arguments: dict, constants: dict, **options) -> dict:
-    """Instruction counts and registers of one kernel; pointers and sizes are multiples of 16, as they mostly are."""
-    kernel = getattr(importlib.import_module(f"mbdist_kernels.{module}"), name)
-    signature = {key: arguments.get(key, "constexpr") for key in kernel.arg_names}
-    aligned = [["tt.divisibility", 16]]
-    attributes = {}
-    for i, kind in enumerate(signature.values()):
-        if isinstance(kind, tuple):
-            attributes |= {(i, j): aligned for j in range(len(kind))}
-        elif kind != "constexpr":
-            attributes[(i,)] = aligned
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    body = [line.split("\t", 1)[1] if "\t" in line else line for line in get_sass(compiled.asm["cubin"]).splitlines()]
-    body = [re.sub(r"^@!?U?P[0-9T]+ ", "", line.strip()) for line in body]
-    loop = max(_loops(body), key=lambda lines: sum("HGMMA" in line for line in lines), default=[])
-    ops = Counter(line.split()[0].split(".")[0].rstrip(";") for line in body if line and not line.endswith(":"))
-    registers = {int(number) for line in body for number in re.findall(r"\bR(\d+)\b", line)}
-    return {
-        "instructions": sum(ops.values()),
-        "registers": max(registers) + 1,
-        "shared": compiled.metadata.shared,
-        "spills": ops["LDL"] + ops["STL"],
-        "tensor_core": ops["HGMMA"],
-        "loop_instructions": len(loop),
-        "loop_shared_stores": sum(line.startswith("STS") for line in loop),
-    }
+TARGET = GPUTarget("cuda", 90, 32)
+BACKEND = make_backend(TARGET)
+NOT_BLOCKS = ("num_warps", "num_stages")
+
+
+@dataclass
+class Kernel:
+    """A kernel as some operation launches it."""
+
+    title: str
+    module: str
+    name: str
+    arguments: dict  # types of what is no constant
+    constants: dict = field(default_factory=dict)
+    operation: str | None = None  # whose launch settings are taken
+    planes: int | None = None
+    fuse: bool = False
+
+    def __post_init__(self):
+        chosen = rule(self.operation, self.planes) if self.operation else {"num_warps": 4}
+        self.constants |= {key: value for key, value in chosen.items() if key not in NOT_BLOCKS}
+        self.options = {key: chosen[key] for key in NOT_BLOCKS if key in chosen} | {"enable_fp_fusion": self.fuse}
+        self.function = getattr(importlib.import_module(f"mbdist_kernels.{self.module}"), self.name)
+        self.arguments = {key: kind for key, kind in self.arguments.items() if key in self.function.arg_names}
+
+    def source(self, ones: tuple[str, ...] = (), aligned: bool = True) -> ASTSource:
+        """With these integers equal to 1; the others, and pointers, multiples of 16 where ``aligned``."""
+        kinds = {
+            key: "constexpr" if key in ones else self.arguments.get(key, "constexpr") for key in self.function.arg_names
+        }
+        hint, hints = [["tt.divisibility", 16]], {}
+        for i, kind in enumerate(kinds.values()):
+            if isinstance(kind, tuple):
+                hints |= {(i, j): hint for j in range(len(kind))}
+            elif kind != "constexpr":
+                hints[(i,)] = hint
+        constants = self.constants | dict.fromkeys(ones, 1)
+        return ASTSource(self.function, signature=kinds, constexprs=constants, attrs=hints if aligned else {})
+
+    def compile(self) -> dict:
+        """Counts of the machine code."""
+        compiled = triton.compile(self.source(), target=TARGET, options=self.options)
+        lines = [line.split("\t", 1)[-1].strip() for line in get_sass(compiled.asm["cubin"]).splitlines()]
+        body = [re.sub(r"^@!?U?P[0-9T]+ ", "", line) for line in lines]
+        loop = max(_loops(body), key=lambda part: sum("HGMMA" in line for line in part), default=[])
+        ops = Counter(line.split()[0].split(".")[0].rstrip(";") for line in body if line and not line.endswith(":"))
+        registers = {int(number) for line in body for number in re.findall(r"\bR(\d+)\b", line)}
+        return {
+            "instructions": sum(ops.values()),
+            "registers": max(registers) + 1,
+            "shared": compiled.metadata.shared,
+            "spills": ops["LDL"] + ops["STL"],
+            "tensor_core": ops["HGMMA"],
+            "loop_instructions": len(loop),
+            "loop_shared_stores": sum(line.startswith("STS") for line in loop),
+        }
+
+    def errors_with_ones(self) -> list[str]:
+        """What the front end says where integers are 1, one by one and all together, and nothing is aligned."""
+        never = set(getattr(self.function, "do_not_specialize", None) or ())
+        integers = [key for key, kind in self.arguments.items() if kind == "i32" and key not in never]
+        errors = []
+        for ones in [*((key,) for key in integers), tuple(integers)]:
+            options = BACKEND.parse_options(self.options)
+            context = ir.context()
+            ir.load_dialects(context)
+            BACKEND.load_dialects(context)
+            try:
+                self.source(ones, aligned=False).make_ir(
+                    TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context
+                )
+            except triton.CompilationError as error:
+                errors.append(f"{self.title}, {ones} = 1: {str(error).strip().splitlines()[-1]}")
+        return errors
 
 
 def _loops(body: list[str]):
@@ -52,111 +105,65 @@ def _loops(body: list[str]):
 
 
 def all_kernels():
-    sizes = {"num_rows": "i32", "num_columns": "i32", "row_words": "i32"}
+    sizes = dict.fromkeys(("num_rows", "num_columns", "row_words"), "i32")
     scales = {"scale_out": "*fp32", "scale_in": "*fp32"}
-    for planes in (1, 2, 3, 4):
-        of_planes = {"planes": ("*i32",) * planes, **scales, **sizes}
-        constants = {"PLANES": planes}
-        yield (
-            f"linear_decode, K={planes}",
-            ("linear_decode", "_decode_kernel"),
-            of_planes
-            | {"inputs": "*bf16", "parts": "*fp32", "num_tokens": "i32", "padded": "i32", "split_words": "i32"},
-            constants | {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 8, "SPLIT": 1},
-            {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
-        )
-        yield (
-            f"linear_in_tiles, K={planes}",
-            ("linear_forward", "_tiles_kernel"),
-            of_planes | {"x": "*bf16", "y": "*i16", "num_tokens": "i32"},
-            constants | {"BLOCK_ROWS": 128 if planes < 4 else 64, "BLOCK_TOKENS": 128, "BLOCK_WORDS": 2},
-            {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
-        )
-        yield (
-            f"dequantize, K={planes}",
-            ("dequantize", "_dequantize_kernel"),
-            of_planes | {"out": "*i16"},
-            constants | {"SIXTEEN": True, "BLOCK_ROWS": 8, "BLOCK_WORDS": 16},
-            {"num_warps": 4, "enable_fp_fusion": False},
-        )
-        for as_words in (False, True):
-            parts = {"out_parts": "*fp32", "in_parts": "*fp32", "size_parts": "*fp32"}
-            factors = {"row_factors": ("*fp32",), "column_factors": ("*fp32",)}
-            yield (
-                f"linear_backward, K={planes}, {'words' if as_words else 'values'}",
-                ("linear_backward", "_epilogue_kernel"),
-                of_planes | {"gradient": "*i16", **parts, **factors, "signals": ("*i32" if as_words else "*fp32",)},
-                constants | {"SIGNALS": 1, "AS_WORDS": as_words, "BLOCK_ROWS": 32, "BLOCK_WORDS": 4},
-                {"num_warps": 4, "enable_fp_fusion": False},
-            )
-    plain = {"num_warps": 4, "enable_fp_fusion": False}
-    yield (
-        "linear_decode, inputs",
-        ("linear_decode", "_permute_kernel"),
-        {
-            "x": "*i16",
-            "scale_in": "*fp32",
-            "inputs": "*i16",
-            "num_tokens": "i32",
-            "num_columns": "i32",
-            "padded": "i32",
-        },
-        {"BLOCK": 128},
-        plain,
-    )
-    numbers = {key: "i32" for key in ("num_elements", "first_pair", "beta_q15", "limit_q", "bound")}
-    for contributions in (1, 8):
-        yield (
-            f"flip_update, {contributions} contributions",
-            ("flip_update", "_accumulate_kernel"),
-            {"accumulator": "*i8", "signals": "*fp32", "keys": "*i32", **numbers},
-            {"UNIT": float(64 << 15), "CONTRIBUTIONS": contributions, "BLOCK": 2048},
-            plain,
-        )
-    yield (
-        "candidate_mask",
-        ("flip_update", "_candidate_kernel"),
-        {"accumulator": "*i8", "words": "*i32", "mask": "*i32", "num_words": "i32", "threshold": "i32"},
-        {"BY_SIZE": False, "BLOCK_WORDS": 64},
-        plain,
-    )
-    yield (
-        "pack",
-        ("pack", "_pack_kernel"),
-        {"values": "*i16", "words": "*i32", **sizes},
-        {"INFINITY": 0x7F80, "MAGNITUDE": 0x7FFF, "BLOCK_ROWS": 4, "BLOCK_WORDS": 32},
-        plain,
-    )
-    yield (
-        "unpack",
-        ("unpack", "_unpack_kernel"),
-        {"words": "*i32", "out": "*bf16", **sizes},
-        {"BITS": False, "BLOCK_ROWS": 4, "BLOCK_WORDS": 32},
-        plain,
-    )
+    for k in (1, 2, 3, 4):
+        common = {"planes": ("*i32",) * k, **scales, **sizes}
+
+        def of_planes(operation, module, name, arguments, constants, what="", fuse=False, common=common, k=k):
+            constants = {"PLANES": k, **constants}
+            title = f"{operation}, K={k}{what}"
+            return Kernel(title, module, name, common | arguments, constants, operation, k, fuse)
+
+        more = dict.fromkeys(("num_tokens", "padded", "split_words"), "i32")
+        inputs = {"inputs": "*bf16", "parts": "*i16", **more}
+        yield of_planes("linear_decode", "linear_decode", "_decode_kernel", inputs, {"SIXTEEN": True}, fuse=True)
+        inputs = {"x": "*bf16", "y": "*i16", "num_tokens": "i32"}
+        yield of_planes("linear_in_tiles", "linear_forward", "_tiles_kernel", inputs, {}, fuse=True)
+        yield of_planes("dequantize", "dequantize", "_dequantize_kernel", {"out": "*i16"}, {"SIXTEEN": True})
+        parts = dict.fromkeys(("out_parts", "in_parts", "size_parts"), "*fp32")
+        factors = dict.fromkeys(("row_factors", "column_factors"), ("*fp32",))
+        for what, kind in ((", values", "*fp32"), (", words", "*i32")):
+            inputs = {"gradient": "*i16", "signals": (kind,), **parts, **factors}
+            constants = {"SIGNALS": 1, "AS_WORDS": kind == "*i32"}
+            yield of_planes("linear_backward", "linear_backward", "_epilogue_kernel", inputs, constants, what)
+    inputs = {
+        "x": "*i16",
+        "scale_in": "*fp32",
+        "inputs": "*i16",
+        "num_tokens": "i32",
+        "num_columns": "i32",
+        "padded": "i32",
+    }
+    yield Kernel("linear_decode, inputs", "linear_decode", "_permute_kernel", inputs, {"BLOCK": 128})
+    numbers = dict.fromkeys(("num_elements", "first_pair", "beta_q15", "limit_q", "bound"), "i32")
+    inputs = {"accumulator": "*i8", "signals": "*fp32", "keys": "*i32", **numbers}
+    for count in (1, 8):
+        constants, title = {"UNIT": float(64 << 15), "CONTRIBUTIONS": count}, f"flip_update, {count} contributions"
+        yield Kernel(title, "flip_update", "_accumulate_kernel", inputs, constants, "flip_update")
     words = {"words": "*i32", "num_words": "i32"}
-    yield "popcount", ("popcount", "_popcount_kernel"), words | {"counts": "*i32"}, {"BLOCK": 4096}, plain
-    yield "xor_apply", ("xor_apply", "_xor_kernel"), words | {"mask": "*i32"}, {"BLOCK": 4096}, plain
-    yield "vote", ("vote", "_vote_kernel"), words | {"majority": "*i32"}, {"RANKS": 8, "BLOCK": 1024}, plain
-    yield (
-        "signal_accumulate",
-        ("signal_codec", "_accumulate_kernel"),
-        {"total": "*fp32", "words": "*i32", "magnitudes": "*fp32", **sizes},
-        {"RANKS": 8, "BLOCK_ROWS": 4, "BLOCK_WORDS": 16},
-        plain,
-    )
-    yield (
-        "flip_apply_sparse",
-        ("flip_codec", "_apply_kernel"),
-        {"words": "*i32", "positions": "*i16", "ends": "*i32", "counts": "*i32"},
-        {"BLOCK": 1024},
-        plain,
-    )
+    inputs = words | {"accumulator": "*i8", "mask": "*i32", "threshold": "i32"}
+    for by_size in (False, True):
+        title = f"candidate_mask{', by size' * by_size}"
+        yield Kernel(title, "flip_update", "_candidate_kernel", inputs, {"BY_SIZE": by_size}, "candidate_mask")
+    constants = {"INFINITY": 0x7F80, "MAGNITUDE": 0x7FFF}
+    yield Kernel("pack", "pack", "_pack_kernel", {"values": "*i16", "words": "*i32", **sizes}, constants, "pack")
+    inputs = {"words": "*i32", "out": "*bf16", **sizes}
+    yield Kernel("unpack", "unpack", "_unpack_kernel", inputs, {"BITS": False}, "unpack")
+    yield Kernel("popcount", "popcount", "_popcount_kernel", words | {"counts": "*i32"}, {}, "popcount")
+    yield Kernel("xor_apply", "xor_apply", "_xor_kernel", words | {"mask": "*i32"}, {}, "xor_apply")
+    yield Kernel("vote", "vote", "_vote_kernel", words | {"majority": "*i32"}, {"RANKS": 8}, "vote")
+    inputs = {"total": "*fp32", "words": "*i32", "magnitudes": "*fp32", **sizes}
+    yield Kernel("signal_accumulate", "signal_codec", "_accumulate_kernel", inputs, {"RANKS": 8}, "signal_accumulate")
+    inputs = {"words": "*i32", "positions": "*i16", "ends": "*i32", "counts": "*i32"}
+    yield Kernel("flip_apply_sparse", "flip_codec", "_apply_kernel", inputs, {}, "flip_apply_sparse")
 
 
 if __name__ == "__main__":
-    found = {
-        title: compile_kernel(*where, {key: kind for key, kind in arguments.items()}, constants, **options)
-        for title, where, arguments, constants, options in all_kernels()
+    kernels = list(all_kernels())
+    result = {
+        "triton": triton.__version__,
+        "errors_with_ones": [error for kernel in kernels for error in kernel.errors_with_ones()],
+        "kernels": {kernel.title: kernel.compile() for kernel in kernels},
     }
-    print(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1))
+    print(json.dumps(result, indent=1))

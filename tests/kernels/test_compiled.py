@@ -22,12 +22,21 @@ TOLERANCE = 1.05  # of instructions and registers; write the file anew where a c
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict:
+def output() -> dict:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = [sys.executable, str(HERE / "compile_for_h100.py")]
     found = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout)["kernels"]
+    return json.loads(found.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled(output) -> dict:
+    return output["kernels"]
+
+
+def test_kernels_take_sizes_of_one(output):
+    assert output["errors_with_ones"] == []
 
 
 def test_no_kernel_spills(compiled):
@@ -35,7 +44,7 @@ def test_no_kernel_spills(compiled):
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-def test_products_run_on_tensor_cores_with_the_weight_in_registers(compiled, planes):
+def test_products_run_on_tensor_cores_and_decoding_with_the_weight_in_registers(compiled, planes):
     decode, tiles = (compiled[f"{name}, K={planes}"] for name in ("linear_decode", "linear_in_tiles"))
     assert decode["tensor_core"] > 0 and tiles["tensor_core"] > 0
     assert decode["loop_instructions"] > 500, "the loop was not found"
@@ -58,4 +67,4 @@ def test_every_kernel_is_compiled():
         source = inspect.getsource(importlib.import_module(f"mbdist_kernels.{module.name}"))
         kernels += [(module.name, name) for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)]
     assert len(kernels) >= 14
-    assert [kernel for kernel in kernels if '("{}", "{}")'.format(*kernel) not in script] == []
+    assert [kernel for kernel in kernels if '"{}", "{}"'.format(*kernel) not in script] == []

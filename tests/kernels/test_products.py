@@ -6,6 +6,8 @@ from test_linear_math import dense64, random_planes
 
 from mbdist_kernels import (
     Signal,
+    launch,
+    library,
     linear_backward_input,
     linear_backward_weight,
     linear_decode,
@@ -15,7 +17,7 @@ from mbdist_kernels import (
 )
 from mbdist_kernels.linear_forward import linear_in_tiles_triton
 
-SHAPES = [(3, 40), (96, 160), (70, 300)]  # the last one more than two blocks of 128 columns, and a ragged one
+SHAPES = [(3, 40), (70, 300)]  # the second: more than two blocks of 128 columns, and a ragged one
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -37,6 +39,27 @@ def test_decode(implementation, shape, num_planes, num_tokens):
     else:
         expected = x.double() @ dense64(planes, scale_out, scale_in).T
     assert y.shape == (num_tokens, shape[0]) and relative_error(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_decode_over_several_blocks_of_rows_and_turns_of_the_loop(split):
+    planes, scale_out, scale_in = random_planes(130, 2100, 2)
+    x = torch.randn(3, 2100).bfloat16()
+    chosen = {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 4, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+    with library.kernels_on_cpu(), launch.trying("linear_decode", chosen):
+        y = linear_decode(x, planes, scale_out, scale_in)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decode_gives_the_dtype_it_takes_and_honours_strides(implementation, dtype):
+    planes, scale_out, scale_in = random_planes(40, 70, 2)
+    wider = torch.randn(2, 80)
+    wider[:, ::2] = scale_out
+    x = torch.randn(2, 70).to(dtype)
+    y = linear_decode(x, planes, wider[:, ::2], scale_in)
+    assert y.dtype == dtype and torch.equal(y, linear_decode(x, planes, scale_out, scale_in))
 
 
 def test_decode_refuses_more_tokens():
@@ -65,8 +88,15 @@ def test_tiles(shape, num_planes, num_tokens):
     assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3
 
 
+def test_tiles_of_several_blocks():
+    planes, scale_out, scale_in = random_planes(150, 200, 2)
+    x = torch.randn(140, 200).bfloat16()
+    y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
+    assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [1, 16, 17, 65])
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 16, 17, 65])
 def test_forward_with_bias(implementation, num_tokens, dtype):
     planes, scale_out, scale_in = random_planes(70, 300, 3)
     x, bias = torch.randn(num_tokens, 300).to(dtype), torch.randn(70)
@@ -115,3 +145,25 @@ def test_signals_as_words_are_those_of_the_values(implementation, dtype):
         torch.testing.assert_close(b.magnitudes, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
         assert b.magnitudes[3].isnan() and b.magnitudes.isfinite().sum() == 64
     assert torch.equal(grads[0][0].nan_to_num(), grads[1][0].nan_to_num())
+
+
+def test_signals_of_two_forms_or_in_other_memory_are_refused():
+    planes, scale_out, scale_in = random_planes(8, 40, 1)
+    given = torch.randn(8, 40), planes, scale_out, scale_in, torch.empty(1, 8), torch.zeros(1, 40)
+    values = Signal(torch.ones(8), torch.ones(40), values=torch.empty(8, 64))
+    words = Signal(torch.ones(8), torch.ones(40), None, torch.empty(8, 2, dtype=torch.int32), torch.empty(8))
+    with pytest.raises(ValueError, match="all values, or all words"):
+        scale_gradients_and_signals(*given, [values, words])
+    values.values = torch.empty(64, 8).T
+    with pytest.raises(ValueError, match="contiguous"):
+        scale_gradients_and_signals(*given, [values])
+
+
+def test_a_gradient_in_half_precision(implementation):
+    planes, scale_out, scale_in = random_planes(20, 40, 1)
+    gradient = torch.randn(20, 40).half()
+    found = torch.empty(1, 20), torch.zeros(1, 40)
+    scale_gradients_and_signals(gradient, planes, scale_out, scale_in, *found)
+    expected = torch.empty(1, 20), torch.zeros(1, 40)
+    scale_gradients_and_signals(gradient.float(), planes, scale_out, scale_in, *expected)
+    torch.testing.assert_close(found, expected)

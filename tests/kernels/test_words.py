@@ -9,6 +9,7 @@ from mbdist_kernels import (
     flip_apply_sparse,
     flip_encode_sparse,
     flip_mask,
+    pack_signs,
     popcount,
     signal_accumulate,
     signal_encode,
@@ -17,6 +18,10 @@ from mbdist_kernels import (
     vote,
     xor_apply,
 )
+from mbdist_kernels.pack import pack_signs_reference
+from mbdist_kernels.popcount import popcount_reference
+from mbdist_kernels.signal_codec import accumulate_reference
+from mbdist_kernels.unpack import unpack_bits_reference, unpack_signs_reference
 from mbdist_kernels.vote import vote_reference
 
 
@@ -48,6 +53,31 @@ def test_xor_apply_takes_the_first_words_of_a_padded_mask(implementation, num_wo
     assert torch.equal(words, expected)
     xor_apply(words, mask)
     assert torch.equal(words, before)
+
+
+def test_words_in_other_memory_and_short_masks_are_refused():
+    words = random_words(4, 4)
+    for change in (lambda: xor_apply(words[:, :2], words), lambda: xor_apply(words, words[:2])):
+        with pytest.raises(ValueError, match="contiguous words"):
+            change()
+    assert torch.equal(words, random_words(4, 4))
+
+
+@pytest.mark.parametrize("num_words", [1, 5])
+def test_every_version_equals_the_plain_one(implementation, num_words):
+    words, values = random_words(3, num_words), torch.randn(3, 32 * num_words - 7)
+    assert torch.equal(pack_signs(values), pack_signs_reference(values))
+    assert torch.equal(unpack_bits(words), unpack_bits_reference(words))
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        columns = values.shape[1]
+        assert torch.equal(unpack_signs(words, columns, dtype), unpack_signs_reference(words, columns, dtype))
+    assert popcount(words) == int(popcount_reference(words))
+    totals = [torch.randn(3, values.shape[1]) for _ in range(1)] * 2
+    totals = [total.clone() for total in totals]
+    magnitudes = torch.rand(2, 3)
+    signal_accumulate(totals[0], torch.stack([words, ~words]), magnitudes)
+    accumulate_reference(totals[1], torch.stack([words, ~words]), magnitudes)
+    assert torch.equal(*totals)
 
 
 def test_popcount(implementation):
