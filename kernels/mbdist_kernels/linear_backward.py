@@ -130,17 +130,17 @@ def scale_gradients_and_signals(
 def _epilogue_cpu(
     gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values, words, magnitudes
 ):
+    none = [None] * len(row_factors)
+    if native.serves(gradient) and native.takes_scales(scale_out, scale_in):
+        factors = [[factor.contiguous() for factor in factors] for factors in (row_factors, column_factors)]
+        signals = list(zip(*factors, values or none, words or none, magnitudes or none, strict=True))
+        native.scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_out, grad_in, signals)
+        return
     n = scale_in.shape[1]
     if words:
         shape = (len(gradient), words_per_row(n) * WORD_BITS)
         values = [torch.empty(shape, device=gradient.device) for _ in words]
-    if native.serves(gradient) and native.takes_scales(scale_out, scale_in):
-        targets = list(zip(row_factors, column_factors, values, strict=True))
-        native.scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_out, grad_in, targets)
-    else:
-        epilogue_reference(
-            gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values
-        )
+    epilogue_reference(gradient, planes, scale_out, scale_in, grad_out, grad_in, row_factors, column_factors, values)
     if words:
         for signal, signs, sizes in zip(values, words, magnitudes, strict=True):
             signs.copy_(pack_signs(signal))

@@ -70,10 +70,12 @@ struct Planes {
   int64_t count, out_stride, rows, columns, words_per_row;
 };
 
-struct Signals {  // each G * outer(row_factor, column_factor)
+struct Signals {  // each G * outer(row_factor, column_factor), as values or as words and magnitudes
   const float* row_factor[kMaxPlanes];
   const float* column_factor[kMaxPlanes];
-  float* signal[kMaxPlanes];  // (rows, 32 words_per_row)
+  float* values[kMaxPlanes];      // (rows, 32 words_per_row), or null
+  uint32_t* words[kMaxPlanes];    // (rows, words_per_row), or null
+  float* magnitudes[kMaxPlanes];  // (rows), with words
   int64_t count;
 };
 
@@ -107,6 +109,20 @@ void dequantize(const Planes& p, Out* out, int threads) {
   }
 }
 
+// Bit b is set where value b is less than 0.
+inline uint32_t negative_bits(const float* value) {
+#ifdef __AVX512F__
+  const __m512 zero = _mm512_setzero_ps();
+  const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(value), zero, _CMP_LT_OQ);
+  const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(value + 16), zero, _CMP_LT_OQ);
+  return low | (high << 16);
+#else
+  uint32_t word = 0;
+  for (int b = 0; b < kWordBits; ++b) word |= static_cast<uint32_t>(value[b] < 0.0f) << b;
+  return word;
+#endif
+}
+
 template <int K, typename In>
 void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad_out_stride, float* grad_in,
               const Signals& out, int threads) {
@@ -123,7 +139,7 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
     std::fill_n(sums, K * padded, 0.0f);
     const int64_t last = std::min(p.rows, (block + 1) * kRowsPerBlock);
     for (int64_t i = block * kRowsPerBlock; i < last; ++i) {
-      float lanes[K][kWordBits] = {};
+      float lanes[K][kWordBits] = {}, sizes[kMaxPlanes][kWordBits] = {};
       float row_scale[K];
       for (int k = 0; k < K; ++k) row_scale[k] = p.scale_out[k * p.out_stride + i];
       for (int64_t w = 0; w < p.words_per_row; ++w) {
@@ -147,8 +163,15 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
         }
         for (int64_t s = 0; s < out.count; ++s) {
           const float row = out.row_factor[s][i];
-          float* target = out.signal[s] + i * padded + first;
           const float* factor = column.data() + s * padded + first;
+          if (out.words[s]) {
+            float value[kWordBits];
+            for (int b = 0; b < kWordBits; ++b) value[b] = g[b] * row * factor[b];
+            for (int b = 0; b < kWordBits; ++b) sizes[s][b] += first + b < p.columns ? std::fabs(value[b]) : 0.0f;
+            out.words[s][i * p.words_per_row + w] = negative_bits(value);
+            continue;
+          }
+          float* target = out.values[s] + i * padded + first;
           for (int b = 0; b < kWordBits; ++b) target[b] = g[b] * row * factor[b];
           if (first + kWordBits > p.columns)  // padding stays 0 even where g is not finite
             for (int64_t b = p.columns - first; b < kWordBits; ++b) target[b] = 0.0f;
@@ -158,6 +181,12 @@ void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad
         float total = 0.0f;
         for (int b = 0; b < kWordBits; ++b) total += lanes[k][b];
         grad_out[k * grad_out_stride + i] = total;
+      }
+      for (int64_t s = 0; s < out.count; ++s) {
+        if (!out.words[s]) continue;
+        float total = 0.0f;
+        for (int b = 0; b < kWordBits; ++b) total += sizes[s][b];
+        out.magnitudes[s][i] = total / static_cast<float>(p.columns);
       }
     }
   }

@@ -42,11 +42,12 @@ class _Planes(ctypes.Structure):
     ]
 
 
+_SIGNAL_FIELDS = ("row_factor", "column_factor", "values", "words", "magnitudes")
+
+
 class _Signals(ctypes.Structure):
     _fields_ = [
-        ("row_factor", ctypes.c_void_p * _MAX_PLANES),
-        ("column_factor", ctypes.c_void_p * _MAX_PLANES),
-        ("signal", ctypes.c_void_p * _MAX_PLANES),
+        *((name, ctypes.c_void_p * _MAX_PLANES) for name in _SIGNAL_FIELDS),
         ("count", ctypes.c_int64),
     ]
 
@@ -169,10 +170,9 @@ def dequantize(planes, scale_out, scale_in, out) -> None:
 def scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, signals) -> None:
     view, _alive = _describe(planes, scale_out, scale_in)
     targets = _Signals(count=len(signals))
-    for i, (row_factor, column_factor, signal) in enumerate(signals):
-        targets.row_factor[i] = row_factor.data_ptr()
-        targets.column_factor[i] = column_factor.data_ptr()
-        targets.signal[i] = signal.data_ptr()
+    for i, signal in enumerate(signals):
+        for name, tensor in zip(_SIGNAL_FIELDS, signal, strict=True):
+            getattr(targets, name)[i] = 0 if tensor is None else tensor.data_ptr()
     gradient = gradient.contiguous()
     accelerator().mbdist_scale_gradients_and_signals(
         ctypes.byref(view),
