@@ -133,7 +133,10 @@ def test_env_and_schema_are_json():
         (["eval", "{model}", "--python-docs", "--device", "tpu"], "there is auto, cpu, cuda"),
         (["eval", "{model}", "--python-docs", "--tasks", "piqa"], "name what to measure on"),
         (["eval", "{model}", "--python-docs", "--preparation", "ptb"], "there is packed, wikitext2, c4"),
-        (["bench", "quality", "--group", "x"], "there is start, finetuned, architecture, ablation"),
+        (
+            ["bench", "quality", "--group", "x"],
+            "there is start, finetuned, allocation, architecture, conversion, ablation",
+        ),
         (["generate", "nowhere", "--prompt", "x"], "cannot load the model nowhere"),
         (["train", "none.yaml"], "cannot read the config none.yaml"),
         (["launch", "local", "none.yaml"], "cannot read the config none.yaml"),
