@@ -20,6 +20,16 @@ from mbdist_kernels.linear_forward import linear_in_tiles_triton
 SHAPES = [(3, 40), (70, 300)]  # the second: more than two blocks of 128 columns, and a ragged one
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def rounded_weight(planes, scale_out, scale_in) -> torch.Tensor:
+    """What tiles and scratch hold: bf16."""
+    return dense64(planes, scale_out, scale_in).float().bfloat16().double()
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -85,14 +95,14 @@ def test_tiles(shape, num_planes, num_tokens):
     planes, scale_out, scale_in = random_planes(*shape, num_planes)
     x = torch.randn(num_tokens, shape[1]).bfloat16()
     y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
-    assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3
+    assert relative_error(y, x.double() @ rounded_weight(planes, scale_out, scale_in).T) < 4e-3  # rounding of y
 
 
 def test_tiles_of_several_blocks():
     planes, scale_out, scale_in = random_planes(150, 200, 2)
     x = torch.randn(140, 200).bfloat16()
     y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
-    assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3
+    assert relative_error(y, x.double() @ rounded_weight(planes, scale_out, scale_in).T) < 4e-3  # rounding of y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
