@@ -34,7 +34,7 @@ def tokenizer():
 @pytest.fixture(params=["torch", "native", "triton"])
 def implementation(request, monkeypatch):
     """Runs a test on the torch versions, on the CPU accelerator and on the kernels in Triton's interpreter."""
-    from mbdist_kernels import library, native
+    from mbdist_kernels import native, registration
 
     if request.param == "native":
         if native.accelerator() is None:
@@ -44,5 +44,5 @@ def implementation(request, monkeypatch):
     if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled here: test_against_cpu.py runs them on the GPU")
     monkeypatch.setattr(native, "serves", lambda *tensors: False)
-    with library.kernels_on_cpu() if request.param == "triton" else nullcontext():
+    with registration.kernels_on_cpu() if request.param == "triton" else nullcontext():
         yield request.param

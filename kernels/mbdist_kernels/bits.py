@@ -59,6 +59,19 @@ def block_of(row_words, BLOCK_WORDS: tl.constexpr):
     return program // across, program % across, across
 
 
+@triton.jit
+def block_of_plane(num_rows, row_words, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
+    """This program's block of a plane: (rows (R,), columns (W, 32), which rows exist, offsets of the words (R, W),
+    which words exist)."""
+    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    in_rows = row < num_rows
+    in_words = in_rows[:, None] & (word < row_words)[None, :]
+    return row, column, in_rows, row[:, None] * row_words + word[None, :], in_words
+
+
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as int16 (bf16) or int32 (fp32). Raises KeyError for another dtype."""
     return tensor.view({torch.bfloat16: torch.int16, torch.float32: torch.int32}[tensor.dtype])

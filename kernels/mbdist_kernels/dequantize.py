@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, bits_of_float, block_of, signed
+from mbdist_kernels.bits import as_bits, bits_of_float, block_of_plane, signed
 from mbdist_kernels.launch import grid, settings
-from mbdist_kernels.library import operation
+from mbdist_kernels.registration import operation
+from mbdist_kernels.scratch import reused_scratch
 from mbdist_kernels.unpack import unpack_signs
 
 _CHUNK_ELEMENTS = 1 << 22  # rows unpacked at a time where no accelerator serves: bounds the temporaries
@@ -37,6 +38,14 @@ def dequantize(
         out = torch.empty(scale_out.shape[1], scale_in.shape[1], dtype=dtype, device=scale_out.device)
     _dequantize(planes, scale_out, scale_in, out)
     return out
+
+
+def dense_in_scratch(
+    planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Dense W_hat (m, n) in memory that the next such call in this thread writes to."""
+    m, n = scale_out.shape[1], scale_in.shape[1]
+    return dequantize(planes, scale_out, scale_in, out=reused_scratch(m * n, dtype, scale_out.device).view(m, n))
 
 
 def dequantize_cpu(
@@ -89,6 +98,32 @@ def dequantize_triton(
 
 
 @triton.jit
+def dense_block(
+    planes,  # K of (m, W)
+    scale_out,  # (K, m)
+    scale_in,  # (K, n)
+    row,  # (R,)
+    column,  # (W, 32)
+    word_at,  # (R, W): offsets of the words
+    in_words,  # (R, W): which of them exist
+    num_rows,
+    num_columns,
+    PLANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    """A block of W_hat in a kernel: fp32 (R, W, 32)."""
+    shift = tl.arange(0, 32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_WORDS, 32), tl.float32)
+    for k in tl.static_range(PLANES):
+        packed = tl.load(planes[k] + word_at, mask=in_words, other=0)
+        of_row = tl.load(scale_out + k * num_rows + row, mask=row < num_rows, other=0.0)
+        of_column = tl.load(scale_in + k * num_columns + column, mask=column < num_columns, other=0.0)
+        total += of_row[:, None, None] * signed(of_column[None], packed[:, :, None], shift[None, None, :])
+    return total
+
+
+@triton.jit
 def _dequantize_kernel(
     planes,  # K of (m, W)
     scale_out,  # (K, m)
@@ -102,22 +137,23 @@ def _dequantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
-    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    shift = tl.arange(0, 32)
-    column = word[:, None] * 32 + shift[None, :]
-    in_rows = row < num_rows
-    in_words = in_rows[:, None] & (word < row_words)[None, :]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_WORDS, 32), tl.float32)
-    for k in tl.static_range(PLANES):
-        packed = tl.load(planes[k] + row[:, None] * row_words + word[None, :], mask=in_words, other=0)
-        of_row = tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)
-        of_column = tl.load(scale_in + k * num_columns + column, mask=column < num_columns, other=0.0)
-        total += of_row[:, None, None] * signed(of_column[None], packed[:, :, None], shift[None, None, :])
+    row, column, in_rows, word_at, in_words = block_of_plane(num_rows, row_words, BLOCK_ROWS, BLOCK_WORDS)
+    weight = dense_block(
+        planes,
+        scale_out,
+        scale_in,
+        row,
+        column,
+        word_at,
+        in_words,
+        num_rows,
+        num_columns,
+        PLANES,
+        BLOCK_ROWS,
+        BLOCK_WORDS,
+    )
     target = out + row[:, None, None] * num_columns + column[None]
-    inside = in_rows[:, None, None] & (column < num_columns)[None]
-    tl.store(target, bits_of_float(total, SIXTEEN), mask=inside)
+    tl.store(target, bits_of_float(weight, SIXTEEN), mask=in_rows[:, None, None] & (column < num_columns)[None])
 
 
 _dequantize = operation(

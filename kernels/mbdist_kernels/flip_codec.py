@@ -16,7 +16,7 @@ import triton.language as tl
 from mbdist_kernels.flip_update import elements_of_mask
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
-from mbdist_kernels.library import operation
+from mbdist_kernels.registration import operation
 
 BLOCK_ELEMENTS = 1 << 16
 

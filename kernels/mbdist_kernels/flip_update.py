@@ -26,9 +26,9 @@ import triton.language as tl
 from mbdist_kernels import native
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
-from mbdist_kernels.library import operation
 from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.random import random_bits, random_bits_of_pairs
+from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_bits
 
 FIXED_ONE = 1 << 15  # Q15

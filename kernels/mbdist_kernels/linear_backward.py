@@ -26,12 +26,12 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, block_of, float_of_bits, signed
-from mbdist_kernels.dequantize import dequantize
+from mbdist_kernels.bits import as_bits, block_of, block_of_plane, float_of_bits, signed
+from mbdist_kernels.dequantize import dense_in_scratch
 from mbdist_kernels.launch import blocks, settings
 from mbdist_kernels.layout import WORD_BITS, words_per_row
-from mbdist_kernels.library import operation
 from mbdist_kernels.pack import pack_signs
+from mbdist_kernels.registration import operation
 from mbdist_kernels.scratch import reused_scratch
 from mbdist_kernels.unpack import unpack_signs
 
@@ -63,8 +63,7 @@ def linear_backward_input(
     scale_in: torch.Tensor,  # (K, n) fp32
 ) -> torch.Tensor:
     """dX = dY W_hat (T, n), the weight dense in scratch memory."""
-    weight = reused_scratch(scale_out.shape[1] * scale_in.shape[1], dy.dtype, dy.device).view(-1, scale_in.shape[1])
-    return dy @ dequantize(planes, scale_out, scale_in, out=weight)
+    return dy @ dense_in_scratch(planes, scale_out, scale_in, dy.dtype)
 
 
 def linear_backward_weight(
@@ -222,18 +221,15 @@ def _epilogue_kernel(
     BLOCK_WORDS: tl.constexpr,
 ):
     row_block, word_block, across = block_of(row_words, BLOCK_WORDS)
-    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row, column, in_rows, word_at, in_words = block_of_plane(num_rows, row_words, BLOCK_ROWS, BLOCK_WORDS)
     down = tl.cdiv(num_rows, BLOCK_ROWS)
+    in_columns = column < num_columns
     shift = tl.arange(0, 32)
-    column = word[:, None] * 32 + shift[None, :]
-    in_rows, in_columns = row < num_rows, column < num_columns
-    in_words = in_rows[:, None] & (word < row_words)[None, :]
     inside = in_rows[:, None, None] & in_columns[None]
     at = row[:, None, None] * num_columns + column[None]
     g = float_of_bits(tl.load(gradient + at, mask=inside, other=0))  # (rows, words, 32)
     for k in tl.static_range(PLANES):
-        packed = tl.load(planes[k] + row[:, None] * row_words + word[None, :], mask=in_words, other=0)
+        packed = tl.load(planes[k] + word_at, mask=in_words, other=0)
         of_row = tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)
         of_column = tl.load(scale_in + k * num_columns + column, mask=in_columns, other=0.0)
         with_sign = signed(g, packed[:, :, None], shift[None, None, :])
@@ -249,7 +245,7 @@ def _epilogue_kernel(
         signal = tl.where(inside, g * of_row[:, None, None] * of_column[None], 0.0)
         if AS_WORDS:
             packed = tl.sum((signal < 0).to(tl.int32) << shift[None, None, :], 2)
-            tl.store(signals[s] + row[:, None] * row_words + word[None, :], packed, mask=in_words)
+            tl.store(signals[s] + word_at, packed, mask=in_words)
             size = tl.sum(tl.sum(tl.abs(signal), 2), 1)
             tl.store(size_parts + (s * across + word_block) * num_rows + row, size, mask=in_rows)
         else:

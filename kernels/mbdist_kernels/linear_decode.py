@@ -22,7 +22,7 @@ import triton.language as tl
 from mbdist_kernels import native
 from mbdist_kernels.bits import as_bits, bits_of_float, float_of_bits, product
 from mbdist_kernels.launch import settings
-from mbdist_kernels.library import operation
+from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_signs
 
 MOST_TOKENS = 16
@@ -46,10 +46,9 @@ def linear_decode_cpu(
     x: torch.Tensor, planes: Sequence[torch.Tensor], scale_out: torch.Tensor, scale_in: torch.Tensor
 ) -> torch.Tensor:
     """By the accelerator, or in plain torch."""
-    scale_out, scale_in = scale_out.float(), scale_in.float()
-    if native.serves(x.float()):
-        return native.linear_decode(x.float(), planes, scale_out, scale_in).to(x.dtype)
-    return linear_decode_reference(x.float(), planes, scale_out, scale_in).to(x.dtype)
+    whole, scale_out, scale_in = x.float(), scale_out.float(), scale_in.float()
+    multiply = native.linear_decode if native.serves(whole) else linear_decode_reference
+    return multiply(whole, planes, scale_out, scale_in).to(x.dtype)
 
 
 def linear_decode_reference(

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, bits_of_float, product, signed
-from mbdist_kernels.dequantize import dequantize
+from mbdist_kernels.bits import as_bits, bits_of_float, product
+from mbdist_kernels.dequantize import dense_block, dense_in_scratch
 from mbdist_kernels.launch import settings
-from mbdist_kernels.library import operation
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
-from mbdist_kernels.scratch import reused_scratch
+from mbdist_kernels.registration import operation
 
 _PACKED_TO_TOKENS_CPU = 4  # where K = 2 breaks even: the packed way costs the same for every token
 
@@ -55,8 +54,7 @@ def linear_forward_triton(x, planes, scale_out, scale_in, bias):
 
 def linear_by_dense_weight(x, planes, scale_out, scale_in, bias):
     """The weight in scratch memory, in x's dtype, and the library's product."""
-    m, n = scale_out.shape[1], scale_in.shape[1]
-    weight = dequantize(planes, scale_out, scale_in, out=reused_scratch(m * n, x.dtype, x.device).view(m, n))
+    weight = dense_in_scratch(planes, scale_out, scale_in, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -114,12 +112,21 @@ def _tiles_kernel(
         word = first + tl.arange(0, BLOCK_WORDS)
         in_words = in_rows[:, None] & (word < row_words)[None, :]
         column = word[:, None] * 32 + shift[None, :]
-        weight = tl.zeros((BLOCK_ROWS, BLOCK_WORDS, 32), tl.float32)
-        for k in tl.static_range(PLANES):
-            packed = tl.load(planes[k] + row[:, None] * row_words + word[None, :], mask=in_words, other=0)
-            of_row = tl.load(scale_out + k * num_rows + row, mask=in_rows, other=0.0)
-            of_column = tl.load(scale_in + k * num_columns + column, mask=column < num_columns, other=0.0)
-            weight += of_row[:, None, None] * signed(of_column[None], packed[:, :, None], shift[None, None, :])
+        word_at = row[:, None] * row_words + word[None, :]
+        weight = dense_block(
+            planes,
+            scale_out,
+            scale_in,
+            row,
+            column,
+            word_at,
+            in_words,
+            num_rows,
+            num_columns,
+            PLANES,
+            BLOCK_ROWS,
+            BLOCK_WORDS,
+        )
         rounded = bits_of_float(weight.reshape(BLOCK_ROWS, 32 * BLOCK_WORDS), True)
         column = first * 32 + place
         inside = in_tokens[None, :] & (column < num_columns)[:, None]

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.bits import block_of
+from mbdist_kernels.bits import block_of_plane
 from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.layout import WORD_BITS, words_per_row
-from mbdist_kernels.library import operation
+from mbdist_kernels.registration import operation
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -79,18 +79,13 @@ def _pack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
-    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    bit = tl.arange(0, 32)
-    column = (word[:, None] * 32 + bit[None, :])[None, :, :]
-    inside = (row < num_rows)[:, None, None] & (column < num_columns)
-    value = tl.load(values + row[:, None, None] * num_columns + column, mask=inside, other=0)
+    row, column, in_rows, word_at, in_words = block_of_plane(num_rows, row_words, BLOCK_ROWS, BLOCK_WORDS)
+    inside = in_rows[:, None, None] & (column < num_columns)[None]
+    value = tl.load(values + row[:, None, None] * num_columns + column[None], mask=inside, other=0)
     size = value & MAGNITUDE  # -0.0 and NaN are not less than 0
     negative = ((value < 0) & (size > 0) & (size <= INFINITY)).to(tl.int32)
-    packed = tl.sum(negative << bit[None, None, :], axis=2)  # disjoint bits: the sum is an or
-    inside = (row < num_rows)[:, None] & (word < row_words)[None, :]
-    tl.store(words + row[:, None] * row_words + word[None, :], packed, mask=inside)
+    packed = tl.sum(negative << tl.arange(0, 32)[None, None, :], axis=2)  # disjoint bits: the sum is an or
+    tl.store(words + word_at, packed, mask=in_words)
 
 
 _pack_signs = operation(

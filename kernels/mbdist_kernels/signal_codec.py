@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.bits import block_of, signed
+from mbdist_kernels.bits import block_of_plane, signed
 from mbdist_kernels.launch import grid, settings
-from mbdist_kernels.library import operation
 from mbdist_kernels.pack import pack_signs
+from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_signs, unpack_signs_reference
 
 
@@ -81,19 +81,14 @@ def _accumulate_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
-    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    row, column, in_rows, word_at, in_words = block_of_plane(num_rows, row_words, BLOCK_ROWS, BLOCK_WORDS)
     shift = tl.arange(0, 32)
-    column = (word[:, None] * 32 + shift[None, :])[None]
-    in_rows = row < num_rows
-    in_words = in_rows[:, None] & (word < row_words)[None, :]
-    inside = in_rows[:, None, None] & (column < num_columns)
-    target = total + row[:, None, None] * num_columns + column
+    inside = in_rows[:, None, None] & (column < num_columns)[None]
+    target = total + row[:, None, None] * num_columns + column[None]
     sums = tl.load(target, mask=inside, other=0.0)
     for r in tl.static_range(RANKS):
-        from_rank = (r * num_rows + row) * row_words
-        packed = tl.load(words + from_rank[:, None] + word[None, :], mask=in_words, other=0)
+        of_rank = words + tl.cast(r * row_words, tl.int64) * num_rows
+        packed = tl.load(of_rank + word_at, mask=in_words, other=0)
         size = tl.load(magnitudes + r * num_rows + row, mask=in_rows, other=0.0)
         sums += signed(size[:, None, None], packed[:, :, None], shift[None, None, :])
     tl.store(target, sums, mask=inside)

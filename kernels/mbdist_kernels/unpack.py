@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.bits import block_of
+from mbdist_kernels.bits import block_of_plane
 from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.layout import WORD_BITS
-from mbdist_kernels.library import operation
+from mbdist_kernels.registration import operation
 
 
 def unpack_signs(
@@ -104,17 +104,12 @@ def _unpack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
-    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    inside = (row < num_rows)[:, None] & (word < row_words)[None, :]
-    packed = tl.load(words + row[:, None] * row_words + word[None, :], mask=inside, other=0)
-    shift = tl.arange(0, 32)
-    bit = (packed[:, :, None] >> shift[None, None, :]) & 1
-    column = (word[:, None] * 32 + shift[None, :])[None, :, :]
-    inside = (row < num_rows)[:, None, None] & (column < num_columns)
+    row, column, in_rows, word_at, in_words = block_of_plane(num_rows, row_words, BLOCK_ROWS, BLOCK_WORDS)
+    packed = tl.load(words + word_at, mask=in_words, other=0)
+    bit = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     value = bit if BITS else 1 - 2 * bit
-    target = out + row[:, None, None] * num_columns + column
+    inside = in_rows[:, None, None] & (column < num_columns)[None]
+    target = out + row[:, None, None] * num_columns + column[None]
     tl.store(target, value.to(tl.float32).to(out.dtype.element_ty), mask=inside)  # exact in every dtype
 
 

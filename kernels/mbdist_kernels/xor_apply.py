@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels.launch import settings
-from mbdist_kernels.library import operation
+from mbdist_kernels.registration import operation
 
 
 def xor_apply(

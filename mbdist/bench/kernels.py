@@ -52,7 +52,8 @@ def bench_kernels(
 ) -> list[dict]:
     """Measure, print a table, write ``json_file`` where given, and return its rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    copy = median_us([lambda s=s, t=t: t.copy_(s) for s, t in _buffers(device)], device)
+    large = torch.zeros(_ROTATED_BYTES, dtype=torch.uint8, device=device)
+    copy = median_us([partial(torch.empty_like(large).copy_, large)], device)
     bytes_per_us = 2 * _ROTATED_BYTES / copy
     console, rows = Console(), []
     table = Table("op", "shape", "planes", "batch", "us", "baseline us", "speed-up", "floor us", "of floor")
@@ -81,11 +82,6 @@ def _describe(device: torch.device) -> str:
         return device_name()
     features = " avx512_bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else ""
     return f"cpu {platform.machine()}{features}, {torch.get_num_threads()} threads"
-
-
-def _buffers(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    source = torch.zeros(_ROTATED_BYTES, dtype=torch.uint8, device=device)
-    return [(source, torch.empty_like(source))]
 
 
 def median_us(calls: list[Callable[[], object]], device: torch.device) -> float:
@@ -124,9 +120,7 @@ def _measure(
     dense = rotated(torch.randn(m, n, device=device, dtype=torch.bfloat16))
 
     dense_arguments = [(weight,) for weight in dense]
-    signal = Signal(torch.ones(m, device=device), torch.ones(n, device=device))
-    signal.words = torch.empty(m, width, dtype=torch.int32, device=device)
-    signal.magnitudes = torch.empty(m, device=device)
+    signal = signal_as_words(m, n, device)
 
     def row(op, batch, calls, baseline, floor_bytes=None):
         us, baseline_us = median_us(calls, device), median_us(baseline, device) if baseline else None
@@ -189,6 +183,12 @@ def _on_words(m, n, words, dense, device, row, over) -> Iterator[Measured]:
 
         pairs = list(zip(accumulators, words, strict=False))
         yield row("flip_update, to fused AdamW", 0, over(update, pairs), [adamw], elements * 6 + 3 * bits)
+
+
+def signal_as_words(m: int, n: int, device: torch.device) -> Signal:
+    """A signal that is wanted as signs and magnitudes."""
+    words = torch.empty(m, kernels.words_per_row(n), dtype=torch.int32, device=device)
+    return Signal(*(torch.ones(size, device=device) for size in (m, n)), None, words, torch.empty(m, device=device))
 
 
 def random_weight(m: int, n: int, planes: int, device: torch.device):

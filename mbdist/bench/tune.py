@@ -18,8 +18,7 @@ from rich.console import Console
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import mbdist_kernels as kernels
-from mbdist.bench.kernels import median_us, random_weight, rotated
-from mbdist_kernels import Signal
+from mbdist.bench.kernels import median_us, random_weight, rotated, signal_as_words
 from mbdist_kernels.launch import TUNED, device_name, trying
 from mbdist_kernels.linear_forward import linear_by_dense_weight, linear_in_tiles_triton
 
@@ -46,6 +45,7 @@ def tune(
             continue
         best = min(found, key=lambda values: found[values])
         table.setdefault(operation, {})[bucket] = dict(zip(grid, best, strict=True))
+        _write(table, output)  # at once: what was measured stays
         spread = max(found.values()) / found[best]
         console.print(
             f"{operation} {bucket}: {found[best]:,.1f} us, the slowest settings take {spread:.1f} times as long"
@@ -84,23 +84,16 @@ def _operations(
         tiles = {"BLOCK_ROWS": (64, 128), "BLOCK_TOKENS": (64, 128), "BLOCK_WORDS": (1, 2)}
         tiles |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
         yield "linear_in_tiles", bucket, [partial(linear_in_tiles_triton, more, *w) for w in weights], tiles
-        signal = Signal(torch.ones(m, device=device), torch.ones(n, device=device))
-        signal.words = torch.empty(m, kernels.words_per_row(n), dtype=torch.int32, device=device)
-        signal.magnitudes = torch.empty(m, device=device)
-        gradients = torch.empty_like(scales[0]), torch.zeros_like(scales[1])
-        chunk = min(m, 1024)  # of G, which comes from the product and is in the L2
-        rows = Signal(
-            signal.row_factor[:chunk], signal.column_factor, None, signal.words[:chunk], signal.magnitudes[:chunk]
-        )
+        chunk = slice(0, min(m, 1024))  # of G, which comes from the product and is in the L2
+        gradients = torch.empty_like(scales[0][:, chunk]), torch.zeros_like(scales[1])
         backward = partial(
             kernels.scale_gradients_and_signals,
-            dense[0][:chunk],
-            [plane[:chunk] for plane in packed],
-            scales[0][:, :chunk],
+            dense[0][chunk],
+            [plane[chunk] for plane in packed],
+            scales[0][:, chunk],
             scales[1],
-            gradients[0][:, :chunk],
-            gradients[1],
-            [rows],
+            *gradients,
+            [signal_as_words(m, n, device).rows(chunk)],
         )
         yield "linear_backward", bucket, [backward], of_blocks | {"BLOCK_ROWS": (16, 32, 64), "BLOCK_WORDS": (4, 8)}
     yield "pack", "", [partial(kernels.pack_signs, weight) for weight in dense], of_blocks

@@ -19,6 +19,12 @@ def _group() -> None:
     """Measure; every result is a ratio against a named baseline of the same run."""
 
 
+def _check_folder(json_file: Path | None) -> None:
+    """Before anything is measured."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+
+
 @app.command()
 def train(
     overrides: Overrides = None,
@@ -35,6 +41,7 @@ def train(
     from mbdist.bench.train import bench_train
     from mbdist.config import load_config
 
+    _check_folder(json_file)
     bench_train(load_config(config, overrides or []), steps, json_file)
 
 
@@ -65,8 +72,7 @@ def quality(
     unknown = [name for name in group or [] if name not in GROUPS]
     if unknown:
         raise UserError(f"--group {unknown[0]}: there is {', '.join(GROUPS)}")
-    if not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+    _check_folder(json_file)
     rows = bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
     write_report(rows, json_file)
 
@@ -90,8 +96,7 @@ def kernels(
 
     from mbdist.bench.kernels import SHAPES, bench_kernels
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+    _check_folder(json_file)
     sizes = []
     for name in shape or ["13b"]:
         if name not in SHAPES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):

@@ -9,7 +9,7 @@ from mbdist.bench import kernels as kernel_bench
 from mbdist.bench import tune as tuner
 from mbdist.bench.kernels import bench_kernels
 from mbdist.cli.main import app
-from mbdist_kernels import launch, library
+from mbdist_kernels import launch, registration
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "_operations", fewer)
     monkeypatch.setattr(tuner, "_TOKENS", (17, 32))
     monkeypatch.setattr(launch, "TUNED", tmp_path)
-    with library.kernels_on_cpu():
+    with registration.kernels_on_cpu():
         table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
     launch.table.cache_clear()
     try:

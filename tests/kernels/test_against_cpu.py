@@ -9,7 +9,7 @@ from test_linear_math import random_planes
 from test_registration import CASES
 from test_words import random_words
 
-from mbdist_kernels.library import kernels_on_cpu
+from mbdist_kernels.registration import kernels_on_cpu
 
 KERNELS_ON = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS = {"linear_decode", "linear_forward", "scale_gradients_and_signals"}

@@ -7,12 +7,12 @@ from test_linear_math import dense64, random_planes
 from mbdist_kernels import (
     Signal,
     launch,
-    library,
     linear_backward_input,
     linear_backward_weight,
     linear_decode,
     linear_forward,
     pack_signs,
+    registration,
     scale_gradients_and_signals,
 )
 from mbdist_kernels.linear_forward import linear_in_tiles_triton
@@ -56,7 +56,7 @@ def test_decode_over_several_blocks_of_rows_and_turns_of_the_loop(split):
     planes, scale_out, scale_in = random_planes(130, 2100, 2)
     x = torch.randn(3, 2100).bfloat16()
     chosen = {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 4, "SPLIT": split, "num_warps": 4, "num_stages": 3}
-    with library.kernels_on_cpu(), launch.trying("linear_decode", chosen):
+    with registration.kernels_on_cpu(), launch.trying("linear_decode", chosen):
         y = linear_decode(x, planes, scale_out, scale_in)
     assert y.dtype == torch.bfloat16
     assert relative_error(y, x.double() @ dense64(planes, scale_out, scale_in).T) < 6e-3

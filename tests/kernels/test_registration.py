@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_linear_math import random_planes
 from test_words import random_words
+from torch import library
 
 import mbdist_kernels as kernels
 
@@ -38,7 +39,7 @@ CASES = dict(cases())
 
 @pytest.mark.parametrize("name", CASES)
 def test_registration(name):
-    torch.library.opcheck(getattr(torch.ops.mbdist, name).default, CASES[name])
+    library.opcheck(getattr(torch.ops.mbdist, name).default, CASES[name])
 
 
 def test_every_operation_is_checked():

@@ -72,8 +72,7 @@ def test_every_version_equals_the_plain_one(implementation, num_words):
         columns = values.shape[1]
         assert torch.equal(unpack_signs(words, columns, dtype), unpack_signs_reference(words, columns, dtype))
     assert popcount(words) == int(popcount_reference(words))
-    totals = [torch.randn(3, values.shape[1]) for _ in range(1)] * 2
-    totals = [total.clone() for total in totals]
+    totals = [values.clone(), values.clone()]
     magnitudes = torch.rand(2, 3)
     signal_accumulate(totals[0], torch.stack([words, ~words]), magnitudes)
     accumulate_reference(totals[1], torch.stack([words, ~words]), magnitudes)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import triton
+from torch import library
 
-_LIBRARY = torch.library.Library("mbdist", "DEF")
+_OPERATIONS = library.Library("mbdist", "DEF")
 _interpreted = False
 
 
@@ -33,10 +34,10 @@ def operation(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> 
             return cuda(*arguments)
 
     name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=torch.Tag.needs_fixed_stride_order)
-    _LIBRARY.impl(name, on_cpu, "CPU")
-    _LIBRARY.impl(name, on_cuda, "CUDA")
-    torch.library.register_fake(f"mbdist::{name}", fake, lib=_LIBRARY)
+    _OPERATIONS.define(schema, tags=torch.Tag.needs_fixed_stride_order)
+    _OPERATIONS.impl(name, on_cpu, "CPU")
+    _OPERATIONS.impl(name, on_cuda, "CUDA")
+    library.register_fake(f"mbdist::{name}", fake, lib=_OPERATIONS)
     return getattr(torch.ops.mbdist, name).default
 
 
