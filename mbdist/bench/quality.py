@@ -118,6 +118,13 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
         yield Row("finetuned", "paper", measure_run, {**at, **paper, **longer})
 
 
+def _longer_rows(config: RunConfig) -> Iterator[Row]:
+    """Two planes on twice the tokens, beside the float model on as many."""
+    steps = 2 * config.train.steps + config.convert.reconstruction.steps
+    yield Row("finetuned", "float", measure_finetuned_float, _longer(changed_config(config, {"train.steps": steps})))
+    yield Row("finetuned", "scales and bits", measure_run, {"convert.planes": 2, "train.steps": steps})
+
+
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:
     """What conversion can do otherwise, one setting at a time."""
     part = {"data.max_eval_windows": _ABLATION_WINDOWS, **_NO_FINETUNING}
@@ -190,6 +197,7 @@ def _allocation_rows(_config: RunConfig) -> Iterator[Row]:
 GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "start": _start_rows,
     "finetuned": _finetuned_rows,
+    "longer": _longer_rows,
     "allocation": _allocation_rows,
     "architecture": _architecture_rows,
     "conversion": _conversion_rows,

@@ -54,7 +54,7 @@ def quality(
     group: Annotated[
         list[str] | None,
         typer.Option(
-            help="start, finetuned, allocation, architecture, conversion, ablation; repeatable. Default: all."
+            help="start, finetuned, longer, allocation, architecture, conversion, ablation; repeatable. Default: all."
         ),
     ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="Results; rows that stand there are kept.")] = Path(

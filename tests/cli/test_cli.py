@@ -135,7 +135,7 @@ def test_env_and_schema_are_json():
         (["eval", "{model}", "--python-docs", "--preparation", "ptb"], "there is packed, wikitext2, c4"),
         (
             ["bench", "quality", "--group", "x"],
-            "there is start, finetuned, allocation, architecture, conversion, ablation",
+            "there is start, finetuned, longer, allocation, architecture, conversion, ablation",
         ),
         (["generate", "nowhere", "--prompt", "x"], "cannot load the model nowhere"),
         (["train", "none.yaml"], "cannot read the config none.yaml"),
