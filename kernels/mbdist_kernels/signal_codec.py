@@ -17,6 +17,7 @@ import triton.language as tl
 from mbdist_kernels.bits import block_of_plane, signed
 from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.pack import pack_signs
+from mbdist_kernels.random import random_bits
 from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_signs, unpack_signs_reference
 
@@ -26,6 +27,19 @@ def signal_encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(words (m, W) int32, magnitudes (m,) fp32). A row that is not finite has such a magnitude, others do not."""
     return pack_signs(signal), signal.abs().mean(1)
+
+
+def signal_encode_unbiased(
+    signal: torch.Tensor,  # (m, 32 W) fp32, padding columns 0
+    key: int,  # of ``fold_key``
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(words (m, W) int32, magnitudes (m,) fp32) whose mean over keys is the signal: the magnitude is the row's largest
+    absolute value M, and v is written as +M with probability (1 + v / M) / 2, to a resolution of 2^-15. Plain torch."""
+    magnitudes = torch.linalg.vector_norm(signal, ord=torch.inf, dim=1)
+    inverse = torch.where(magnitudes > 0, 1.0 / magnitudes, 0.0)
+    positive = signal * inverse[:, None] * 2.0**14 + 2.0**14  # of 2^15 draws
+    draws = random_bits(key, torch.arange(signal.numel(), device=signal.device)).view_as(signal)
+    return pack_signs(positive - 0.5 - draws), magnitudes
 
 
 def signal_accumulate(

@@ -1,33 +1,241 @@
-"""How a segment of the Boolean signal is written for the wire."""
+"""How a matrix's Boolean signal is written for the wire, one message a rank, and read again by the owners.
+
+A message is int32 words: the codes of the rank's segment of the signal, and the scales of the rows that the segment
+touches. Scales belong to whole rows, whoever owns them: what an owner reads does not depend on the sharding.
+
+    codec    bits a weight   code                                            scale of a row
+    fp32     32              the signal itself, the reference                none
+    bf16     16              rounded to nearest                              none
+    int8, 4  8, 4            whole multiples of the scale                    its largest absolute value / 127, / 7
+    sign     1               the sign                                        its mean absolute value
+    sign_unbiased  1         +-1 by chance, so that the mean is the signal   its largest absolute value
+
+What is sent is G * outer(row factor, what ``SplitColumns`` leaves of the column factor); the owner multiplies the rest
+in, which both know, so magnitudes of rank 1 cost no more bytes than magnitudes of rows.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from mbdist.comm.partition import WordPartition
+from mbdist_kernels import (
+    WORD_BITS,
+    Signal,
+    decode_rows,
+    encode_rows,
+    signal_accumulate,
+    signal_encode_unbiased,
+    words_per_row,
+)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A matrix of m x n weights cut flat, by words of its packed rows, into one segment a rank."""
+
+    rows: int  # m
+    columns: int  # n
+    partition: WordPartition
+
+    @property
+    def row_words(self) -> int:
+        """W: words of a packed row."""
+        return words_per_row(self.columns)
+
+    @property
+    def rows_touched(self) -> int:
+        """Rows that a segment touches at most, cut ones counted whole."""
+        return (self.partition.words_per_rank + self.row_words - 2) // self.row_words + 1
+
+    def first_row(self, rank: int) -> int:
+        return self.partition.first_word(rank) // self.row_words
+
+    def scales_by_owner(
+        self,
+        scales: torch.Tensor,  # (m,) fp32
+    ) -> torch.Tensor:
+        """What every rank needs of one value a row: (R, rows touched), 0 past the last row."""
+        firsts = torch.tensor([self.first_row(rank) for rank in range(self.partition.world_size)])
+        rows = firsts[:, None] + torch.arange(self.rows_touched)
+        padded = torch.cat([scales, scales.new_zeros(1)])
+        return padded[rows.clamp(max=self.rows).to(scales.device)]
+
+    def in_whole_rows(
+        self,
+        codes: torch.Tensor,  # (P c,) the rank's segment, c codes words a word of the plane
+        rank: int,
+    ) -> torch.Tensor:
+        """(rows touched, W c): the segment where it stands in its rows, 0 around it."""
+        width = self.row_words * codes.numel() // self.partition.words_per_rank
+        before = self._offset(rank) * codes.numel() // self.partition.words_per_rank
+        after = self.rows_touched * width - before - codes.numel()
+        return torch.nn.functional.pad(codes, (before, after)).view(self.rows_touched, width)
+
+    def out_of_whole_rows(
+        self,
+        values: torch.Tensor,  # (rows touched, 32 W)
+        rank: int,
+    ) -> torch.Tensor:
+        """The rank's segment again: (32 P,), a view."""
+        first = self._offset(rank) * WORD_BITS
+        return values.view(-1)[first : first + self.partition.elements_per_rank]
+
+    def _offset(self, rank: int) -> int:
+        return self.partition.first_word(rank) % self.row_words
+
 
 class SignalCodec(Protocol):
-    """Encodes fp32 signal segments; the owner decodes them to fp32 and adds them up in a fixed order."""
+    """One message a rank, and back."""
 
-    def encode(self, segments: torch.Tensor) -> torch.Tensor:
-        """(R, E) fp32 -> (R, L) of the wire's dtype."""
+    splits_columns: bool  # whether coarse codes profit from columns of like magnitude
 
-    def decode(self, wire: torch.Tensor) -> torch.Tensor:
-        """(R, L) -> (R, E) fp32."""
+    def message_words(self, segments: Segments) -> int:
+        """Words of one rank's message."""
+
+    def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
+        """Memory for the signal in the form that ``encode`` takes; its device is that of the factors."""
+
+    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        """(R, message words) int32, row r for rank r. ``key``: of random bits, another for every signal."""
+
+    def decode(
+        self,
+        message: torch.Tensor,  # (message words,) int32
+        segments: Segments,
+        rank: int,  # of the owner
+        columns: torch.Tensor,  # (32 W,) fp32: multiplied in; 0 for padding
+    ) -> torch.Tensor:
+        """The rank's segment of the signal: fp32 (32 P,)."""
 
 
+def _dense(segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
+    """A signal as values."""
+    values = torch.empty(segments.rows, segments.row_words * WORD_BITS, device=row_factor.device)
+    return Signal(row_factor, column_factor, values=values)
+
+
+def _segments_of(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """(m, W c) -> (R, P c), the last segments padded with 0."""
+    share = rows.shape[1] // segments.row_words * segments.partition.words_per_rank
+    missing = share * segments.partition.world_size - rows.numel()
+    flat = torch.nn.functional.pad(rows.reshape(-1), (0, missing)) if missing else rows.reshape(-1)
+    return flat.view(-1, share)
+
+
+@dataclass(frozen=True)
 class CastCodec:
-    """Sends the signal in a float type: fp32 is the reference, bf16 halves it."""
+    """The signal in a float type."""
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    dtype: torch.dtype
+    splits_columns = False
 
-    def encode(self, segments: torch.Tensor) -> torch.Tensor:
-        return segments.to(self.dtype)
+    def message_words(self, segments: Segments) -> int:
+        return segments.partition.elements_per_rank * self.dtype.itemsize // 4
 
-    def decode(self, wire: torch.Tensor) -> torch.Tensor:
-        return wire.float()
+    def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
+        return _dense(segments, row_factor, column_factor)
+
+    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        return _segments_of(signal.values.to(self.dtype), segments).view(torch.int32)
+
+    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
+        return message.view(self.dtype).float()
 
 
-CODECS: dict[str, SignalCodec] = {"fp32": CastCodec(torch.float32), "bf16": CastCodec(torch.bfloat16)}
+class _RowCodec:
+    """Codes beside one scale a row."""
+
+    splits_columns = True
+    bits: int  # a weight
+
+    def message_words(self, segments: Segments) -> int:
+        return segments.partition.words_per_rank * self.bits + segments.rows_touched
+
+    def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
+        return _dense(segments, row_factor, column_factor)
+
+    def _message(self, codes: torch.Tensor, scales: torch.Tensor, segments: Segments) -> torch.Tensor:
+        of_rows = segments.scales_by_owner(scales).view(torch.int32)
+        return torch.cat([_segments_of(codes, segments), of_rows], dim=1)
+
+    def _parts(self, message: torch.Tensor, segments: Segments, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes in whole rows, scales (rows touched,))."""
+        codes, scales = message.split([message.numel() - segments.rows_touched, segments.rows_touched])
+        return segments.in_whole_rows(codes, rank), scales.view(torch.float32)
+
+
+@dataclass(frozen=True)
+class IntegerCodec(_RowCodec):
+    """8 or 4 bits a weight."""
+
+    bits: int
+
+    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        return self._message(*encode_rows(signal.values, self.bits), segments)
+
+    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
+        values = decode_rows(*self._parts(message, segments, rank), self.bits)
+        return segments.out_of_whole_rows(values.mul_(columns), rank)
+
+
+class SignCodec(_RowCodec):
+    """1 bit a weight; the backward pass writes the words itself, no value of the signal is ever in memory."""
+
+    bits = 1
+
+    def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
+        words = torch.empty(segments.rows, segments.row_words, dtype=torch.int32, device=row_factor.device)
+        return Signal(row_factor, column_factor, words=words, magnitudes=torch.empty_like(row_factor))
+
+    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        return self._message(signal.words, signal.magnitudes, segments)
+
+    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
+        words, magnitudes = self._parts(message, segments, rank)
+        values = torch.zeros(len(words), segments.row_words * WORD_BITS, device=words.device)
+        signal_accumulate(values, words[None], magnitudes[None])
+        return segments.out_of_whole_rows(values.mul_(columns), rank)
+
+
+class UnbiasedSignCodec(SignCodec):
+    """1 bit a weight, right in the mean and noisier."""
+
+    def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
+        return _dense(segments, row_factor, column_factor)
+
+    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        return self._message(*signal_encode_unbiased(signal.values, key), segments)
+
+
+CODECS: dict[str, SignalCodec] = {
+    "fp32": CastCodec(torch.float32),
+    "bf16": CastCodec(torch.bfloat16),
+    "int8": IntegerCodec(8),
+    "int4": IntegerCodec(4),
+    "sign": SignCodec(),
+    "sign_unbiased": UnbiasedSignCodec(),
+}
+
+
+@dataclass(frozen=True)
+class SplitColumns:
+    """A column factor as (what the sender multiplies in) * (what the owner multiplies in)."""
+
+    sent: torch.Tensor  # (n,)
+    owners: torch.Tensor  # (32 W,), 0 for padding
+
+    @classmethod
+    def of(
+        cls,
+        factor: torch.Tensor,  # (n,)
+        sizes: torch.Tensor | None,  # (n,) > 0: relative magnitudes of G's columns; None to send all of the factor
+    ) -> SplitColumns:
+        """With ``sizes`` columns are sent at like magnitudes and the owner gives them theirs back."""
+        sent = factor if sizes is None else torch.where(factor < 0, -1.0, 1.0) / sizes
+        owners = torch.ones_like(factor) if sizes is None else factor.abs() * sizes
+        padding = words_per_row(len(factor)) * WORD_BITS - len(factor)
+        return cls(sent, torch.nn.functional.pad(owners, (0, padding)))

@@ -1,7 +1,7 @@
 """Phase 4: the flips that owners decided reach every copy of the planes.
 
 A plane store knows where the words of the planes live. Replicated (ZeRO 0-2): every rank holds all words, so the
-owners' masks are gathered and every rank XORs them in. Partitioned (ZeRO 3): the owner's words are the only ones, so
+owners' masks are gathered, in positions where they are few, and every rank XORs them in. Partitioned (ZeRO 3): the owner's words are the only ones, so
 nothing is sent (``mbdist.engine.zero3``).
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.partition import WordPartition
-from mbdist_kernels import xor_apply
+from mbdist_kernels import flip_apply_sparse, flip_encode_sparse, xor_apply
 
 
 class PlaneStore(Protocol):
@@ -32,6 +32,48 @@ class PlaneStore(Protocol):
         order. All ranks call it together."""
 
 
+def gather_masks(
+    communicator: Communicator,
+    mask: torch.Tensor,  # (P,) int32: this rank's
+    bucket_bytes: int,
+) -> torch.Tensor:
+    """Every rank's mask, (R, P), each bucket of it sent as words or as positions, whichever is smaller.
+
+    All ranks know from a header how many flips each has in a bucket, so they agree on its form and size: none waits for
+    another size, and no number of flips is too large.
+    """
+    if communicator.world_size == 1:
+        return mask[None]
+    buckets = mask.split(max(1, bucket_bytes // mask.element_size()))
+    sparse = [flip_encode_sparse(bucket) for bucket in buckets]
+    counts = torch.tensor([len(positions) for positions, _ in sparse], dtype=torch.int32, device=mask.device)
+    flips = communicator.all_gather(counts, "flip_counts").cpu()  # (R, buckets)
+    gathered = []
+    for bucket, (positions, blocks), of_ranks in zip(buckets, sparse, flips.T, strict=True):
+        most = int(of_ranks.max())
+        most += most % 2  # whole words
+        if most == 0:
+            gathered.append(mask.new_zeros(communicator.world_size, len(bucket)))
+        elif len(blocks) + most // 2 < len(bucket):
+            padded = torch.nn.functional.pad(positions.view(torch.int16), (0, most - len(positions)))
+            messages = communicator.all_gather(torch.cat([blocks, padded.view(torch.int32)]), "flips")
+            gathered.append(torch.stack([_mask_of(message, len(blocks), len(bucket)) for message in messages]))
+        else:
+            gathered.append(communicator.all_gather(bucket, "flips"))
+    return torch.cat(gathered, dim=1)
+
+
+def _mask_of(
+    message: torch.Tensor,  # (blocks + ..,) int32: flips a block, then their positions
+    num_blocks: int,
+    num_words: int,
+) -> torch.Tensor:
+    blocks, positions = message.tensor_split([num_blocks])
+    mask = message.new_zeros(num_words)
+    flip_apply_sparse(mask, positions.view(torch.uint16)[: int(blocks.sum())], blocks)
+    return mask
+
+
 class ReplicatedPlanes:
     """Every rank holds every word (ZeRO stages 0, 1, 2)."""
 
@@ -40,16 +82,18 @@ class ReplicatedPlanes:
         planes: Sequence[Sequence[torch.Tensor]],  # of every matrix its planes, (m, W) int32, changed by apply
         partitions: Sequence[WordPartition],  # of every matrix
         communicator: Communicator,
+        bucket_bytes: int = 25 << 20,  # of masks
     ):
         self.planes = planes
         self.partitions = partitions
         self.communicator = communicator
+        self.bucket_bytes = bucket_bytes
 
     def owned_words(self, matrix: int, k: int) -> torch.Tensor:
         return self.partitions[matrix].owned(self.planes[matrix][k].data, self.communicator.rank)
 
     def apply(self, masks: dict[tuple[int, int], torch.Tensor]) -> None:
-        gathered = self.communicator.all_gather(torch.cat(list(masks.values())), "flips")  # (R, sum of P)
+        gathered = gather_masks(self.communicator, torch.cat(list(masks.values())), self.bucket_bytes)  # (R, sum of P)
         parts = gathered.split([mask.numel() for mask in masks.values()], dim=1)
         for (matrix, k), part in zip(masks, parts, strict=True):
             xor_apply(self.planes[matrix][k].data, part)

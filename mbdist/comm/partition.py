@@ -24,11 +24,6 @@ class WordPartition:
     def elements_per_rank(self) -> int:
         return self.words_per_rank * WORD_BITS
 
-    @property
-    def padded_elements(self) -> int:
-        """Elements of all parts together, padding included."""
-        return self.elements_per_rank * self.world_size
-
     def first_word(self, rank: int) -> int:
         return rank * self.words_per_rank
 

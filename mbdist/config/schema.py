@@ -240,12 +240,22 @@ class LossConfig(_Section):
 
 
 class CommConfig(_Section):
-    codec: Literal["fp32", "bf16"] = "fp32"
-    """How the Boolean signal travels to the worker that owns the accumulators."""
-    in_flight: PositiveInt = 4
-    """Signals of so many matrices may be on the wire while the backward pass continues."""
+    codec: Literal["fp32", "bf16", "int8", "int4", "sign", "sign_unbiased"] = "fp32"
+    """How the Boolean signal travels to the worker that owns the accumulators: whole, or in 8, 4 or 1 bits a weight
+    beside one scale a row. `sign_unbiased` draws the signs, so that their mean is the signal."""
+    magnitudes: Literal["row", "rank1"] = "rank1"
+    """Magnitudes of what a codec of 8 bits or less writes: one a row, or a row's times a column's. The columns' are
+    those of the curvature estimate, which every worker has, so both cost the same bytes."""
+    bucket_mb: Annotated[float, Field(gt=0)] = 25
+    """Messages of many matrices leave together, in buckets of so many MiB."""
+    in_flight: PositiveInt = 2
+    """So many buckets may be on the wire while the backward pass continues."""
     timeout_s: PositiveInt = 600
     """Seconds after which a collective that a peer never joined is an error."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        return int(self.bucket_mb * 2**20)
 
 
 class ClusterConfig(_Section):

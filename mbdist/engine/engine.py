@@ -30,6 +30,7 @@ class Engine:
     def __init__(self, student: nn.Module, boolean: BooleanOptimizer, config: RunConfig, communicator: Communicator):
         self.zero_stage = config.cluster.zero_stage
         self.communicator = communicator
+        self._bucket_bytes = config.comm.bucket_bytes
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
         self._floats = floats = config.floats
         self.optimizer = SkippableAdamW(
@@ -52,7 +53,7 @@ class Engine:
         planes = [layer.planes for layer in boolean.layers.values()]
         if self.zero_stage == 3:
             return PartitionedPlanes(planes, boolean.partitions)
-        return ReplicatedPlanes(planes, boolean.partitions, self.communicator)
+        return ReplicatedPlanes(planes, boolean.partitions, self.communicator, self._bucket_bytes)
 
     @property
     def module(self) -> nn.Module:

@@ -5,8 +5,8 @@ micro-batches a rank:
 
 1. *Backward* hands over the signals of a layer once a micro-batch (``take``): G * outer(row_factor, column_factor).
 2. *Reduce*: a signal is cut flat into R segments, aligned with the ownership of the planes' words (padded to whole
-   parts); an all-to-all brings each owner its segment from every rank, and the owner adds the R contributions into its
-   accumulators in rank order. No sum of floats crosses ranks, so the result does not depend on the sharding:
+   parts), and written for the wire by a codec; an all-to-all brings each owner its segment from every rank, and the
+   owner adds the R contributions into its accumulators in rank order. No sum of floats crosses ranks, so the result does not depend on the sharding:
    contribution g = a R + r counts in the order of g, rounded with random bits of (seed, step, g, matrix, element).
 3. *Decide* (``step``): each owner ranks its flip candidates; counts summed over ranks give the cut that holds the cap
    of flips; the owner flips what lies above it and resets those accumulators.
@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mbdist.comm.codecs import CODECS
+from mbdist.comm.codecs import CODECS, Segments, SplitColumns
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.comm.partition import WordPartition
+from mbdist.comm.signal_exchange import SignalExchange
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.curvature import Curvature
@@ -50,7 +51,9 @@ from mbdist_kernels import (
     words_per_row,
 )
 
-_LOTTERY = 1 << 32  # contribution number of the lottery's random bits: no micro-batch has it
+# Contribution numbers that no micro-batch has, for random bits of other uses.
+_LOTTERY = 1 << 32
+_CODEC = 1 << 33
 _RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
 
 
@@ -64,9 +67,11 @@ class Accumulated:
     matrix: int  # number of the layer
     planes: list[int]  # those it may flip
     partition: WordPartition
+    segments: Segments
     accumulator: torch.Tensor  # (32 P,), the owned part
     step_size: float  # eta of this matrix
     beta_q15: int = 0  # decay of the next step: 1 - share of bits just flipped; 0 before the first
+    columns: torch.Tensor | None = None  # (32 W,): the owner's part of the column factor, of this step's signals
     scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) as this step's backward saw them
     probe: torch.Tensor | None = None  # (32 P,) fp32: this step's signal, while it is probed
     recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))  # elements that flipped
@@ -111,7 +116,8 @@ class BooleanOptimizer:
         self.config = config
         self.communicator = communicator
         self.codec = CODECS[comm.codec]
-        self.in_flight = comm.in_flight
+        self.magnitudes = comm.magnitudes
+        self.exchange = SignalExchange(communicator, comm.bucket_bytes, comm.in_flight, self._accumulate)
         self.total_steps = total_steps
         self.micro_batches = micro_batches
         self.seed = seed
@@ -141,6 +147,7 @@ class BooleanOptimizer:
                         matrix,
                         planes,
                         partition,
+                        Segments(layer.out_features, layer.in_features, partition),
                         accumulator,
                         config.step_size,
                     )
@@ -151,7 +158,6 @@ class BooleanOptimizer:
         shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
         self.curvature = Curvature(shapes, config.curvature_decay, device)
         self.store: PlaneStore | None = None  # set once the engine has placed the planes
-        self._arriving: deque = deque()
 
     def _plane_sets(self, num_planes: int) -> list[list[int]]:
         """The planes of every accumulator of a layer of so many planes."""
@@ -184,9 +190,6 @@ class BooleanOptimizer:
 
     def _signal(self, entry: Accumulated) -> Signal:
         layer = entry.layer
-        flat = torch.empty(entry.partition.padded_elements, device=layer.scale_out.device)
-        used = entry.partition.num_words * WORD_BITS
-        flat[used:] = 0
         plane = self._trained_plane(entry)
         scale_out, scale_in = layer.scale_out.detach()[plane], layer.scale_in.detach()[plane]
         if self.config.planes == "levels" or self.probing:
@@ -194,41 +197,44 @@ class BooleanOptimizer:
         if self.config.planes == "levels":
             scale_out, scale_in = scale_out.abs(), scale_in.abs()
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
+        sizes = None
+        if self.codec.splits_columns and self.magnitudes == "rank1" and self.curvature.steps:
+            sizes = self.curvature.column_sizes(entry.matrix)
+        columns = SplitColumns.of(column, sizes)
+        entry.columns = columns.owners
         eta = entry.step_size / self._integration().divisor
-        return Signal(row * (eta / self.gradient_scale), column, flat[:used].view(layer.out_features, -1))
+        return self.codec.wanted(entry.segments, row * (eta / self.gradient_scale), columns.sent)
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
         self.curvature.add(entries[0].matrix, row_squares, column_squares, tokens)
+        contribution = self.micro_batch * self.communicator.world_size + self.communicator.rank
         for entry, signal in zip(entries, signals, strict=bool(signals)):
-            flat = signal.values.view(-1).as_strided((entry.partition.padded_elements,), (1,))
-            segments = flat.view(self.communicator.world_size, -1)
-            received, handle = self.communicator.all_to_all(self.codec.encode(segments), "signal")
-            self._arriving.append((entry, received, handle))
-            while len(self._arriving) > (self.in_flight if handle is not None else 0):
-                self._accumulate_oldest()
+            key = self._key(_CODEC + contribution, entry)
+            self.exchange.send(entry, self.codec.encode(signal, entry.segments, key))
 
     # Phase 2, the owner's side.
 
-    def _accumulate_oldest(self) -> None:
-        entry, received, handle = self._arriving.popleft()
-        if handle is not None:
-            handle.wait()
-        ranks = self.communicator.world_size
-        first_contribution = self.micro_batch * ranks
-        keys = [self._key(first_contribution + rank, entry) for rank in range(ranks)]
-        signals = self.codec.decode(received)
-        if self.probing:
-            entry.probe = signals.sum(0) + (0 if entry.probe is None else entry.probe)
-        accumulate_signal(
-            entry.accumulator,
-            signals,
-            entry.beta_q15 if self.micro_batch == 0 else FIXED_ONE,
-            self._integration().limit,
-            keys,
-            self._first_element(entry),
-            self.format,
-        )
+    def _accumulate(
+        self,
+        entry: Accumulated,
+        messages: torch.Tensor,  # (R, L) int32
+    ) -> None:
+        first_contribution = self.micro_batch * self.communicator.world_size
+        for rank, message in enumerate(messages):
+            signal = self.codec.decode(message, entry.segments, self.communicator.rank, entry.columns)
+            if self.probing:
+                entry.probe = signal + (0 if entry.probe is None else entry.probe)
+            first_of_step = self.micro_batch == 0 and rank == 0
+            accumulate_signal(
+                entry.accumulator,
+                signal[None],
+                entry.beta_q15 if first_of_step else FIXED_ONE,
+                self._integration().limit,
+                [self._key(first_contribution + rank, entry)],
+                self._first_element(entry),
+                self.format,
+            )
 
     def _first_element(self, entry: Accumulated) -> int:
         return entry.partition.first_word(self.communicator.rank) * WORD_BITS
@@ -238,8 +244,7 @@ class BooleanOptimizer:
 
     def finish_micro_batch(self) -> None:
         """Wait for the signals still on the wire. To be called after every backward pass."""
-        while self._arriving:
-            self._accumulate_oldest()
+        self.exchange.finish()
         self.micro_batch += 1
 
     # Phases 3 and 4.

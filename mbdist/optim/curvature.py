@@ -86,6 +86,10 @@ class Curvature:
             return _sign(scale_out) * tokens / rows.sqrt(), _sign(scale_in) / columns.sqrt()
         return 1.0 / (_floored(scale_out) * rows), 1.0 / (_floored(scale_in) * columns)
 
+    def column_sizes(self, index: int) -> torch.Tensor:
+        """Relative magnitudes of G's columns, (n,) > 0: for independent tokens G_ij^2 is h_ij / T in the mean."""
+        return _floored(self.of(index)[1]).sqrt()
+
     def cost_of_a_flip(
         self, index: int, scale_out: torch.Tensor, scale_in: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

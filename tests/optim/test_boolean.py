@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mbdist.comm.codecs import CODECS
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
@@ -55,7 +56,7 @@ def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
     optimizer = BooleanOptimizer(
         layers,
         config,
-        CommConfig(codec=codec, in_flight=2),
+        CommConfig(codec=codec, bucket_mb=1e-3),
         communicator,
         2 * steps,
         CONTRIBUTIONS // ranks,
@@ -148,7 +149,13 @@ MODES = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "codec"), [("levels", "fp32"), ("levels", "bf16"), *((mode, "fp32") for mode in MODES if mode != "levels")]
+    ("mode", "codec"),
+    [
+        *((mode, "fp32") for mode in MODES),
+        *(("levels", codec) for codec in CODECS if codec != "fp32"),
+        ("evidence", "sign"),
+        ("raw", "sign"),
+    ],
 )
 def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
     config = MODES[mode]

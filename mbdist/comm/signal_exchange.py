@@ -1,0 +1,74 @@
+"""Phase 2: messages of many matrices leave together in buckets, while the backward pass goes on.
+
+Every rank puts the same matrices into the same buckets, because the backward pass goes through the layers in the same
+order on all of them. A bucket is full when the next matrix would exceed its size; a matrix larger than a bucket has one
+to itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mbdist.comm.communicator import Communicator
+
+Item = TypeVar("Item")
+
+
+class SignalExchange(Generic[Item]):
+    """Sends encoded signals and delivers what all ranks sent to this one, in the order of sending."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        bucket_bytes: int,  # of this rank's messages to all ranks
+        in_flight: int,  # buckets on the wire before sending waits for the oldest
+        deliver: Callable[[Item, torch.Tensor], None],  # takes (R, L) int32: row r came from rank r
+    ):
+        self._communicator = communicator
+        self._bucket_bytes = bucket_bytes
+        self._in_flight = in_flight
+        self._deliver = deliver
+        self._filling: list[tuple[Item, torch.Tensor]] = []
+        self._flying: deque[tuple[list[tuple[Item, int]], torch.Tensor, dist.Work | None]] = deque()
+
+    def send(
+        self,
+        item: Item,
+        messages: torch.Tensor,  # (R, L) int32: row r for rank r
+    ) -> None:
+        """Put the messages into the bucket; ``item`` is given back with what arrives."""
+        if self._communicator.world_size == 1:
+            self._deliver(item, messages)
+            return
+        waiting = sum(queued.nbytes for _, queued in self._filling)
+        if self._filling and waiting + messages.nbytes > self._bucket_bytes:
+            self._start()
+        self._filling.append((item, messages))
+
+    def finish(self) -> None:
+        """Send what is queued, and deliver everything."""
+        if self._filling:
+            self._start()
+        while self._flying:
+            self._land()
+
+    def _start(self) -> None:
+        while len(self._flying) >= self._in_flight:
+            self._land()
+        bucket = torch.cat([messages for _, messages in self._filling], dim=1)
+        contents = [(item, messages.shape[1]) for item, messages in self._filling]
+        self._filling = []
+        self._flying.append((contents, *self._communicator.all_to_all(bucket, "signal")))
+
+    def _land(self) -> None:
+        contents, arrived, handle = self._flying.popleft()
+        if handle is not None:
+            handle.wait()
+        parts = arrived.split([words for _, words in contents], dim=1)
+        for (item, _), part in zip(contents, parts, strict=True):
+            self._deliver(item, part)
