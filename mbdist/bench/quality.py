@@ -46,11 +46,13 @@ class Row:
     def depends_on(self, config: RunConfig) -> list:
         """What its result depends on; nothing of the optimizers and the loss where nothing is trained."""
         sections = ["seed", "model", "convert", "data", "train"]
+        codec = None
         if self.measure not in _NOT_TRAINED and config.train.steps > 0:
-            sections += ["boolean", "floats", "loss", "comm"]
+            sections += ["boolean", "floats", "loss"]
+            codec = config.comm.codec
         if self.measure is measure_float:
             sections.remove("convert")
-        return [_FORMAT, self.group, self.name, self.arguments, config.model_dump(include=set(sections))]
+        return [_FORMAT, self.group, self.name, self.arguments, codec, config.model_dump(include=set(sections))]
 
 
 _ABLATION_WINDOWS = 128  # of the evaluation text, where rows are compared with each other alone

@@ -118,6 +118,12 @@ def _dense(segments: Segments, row_factor: torch.Tensor, column_factor: torch.Te
     return Signal(row_factor, column_factor, values=values)
 
 
+def _values(signal: Signal) -> torch.Tensor:
+    if signal.values is None:
+        raise ValueError("this codec writes signals that come as values")
+    return signal.values
+
+
 def _segments_of(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
     """(m, W c) -> (R, P c), the last segments padded with 0."""
     share = rows.shape[1] // segments.row_words * segments.partition.words_per_rank
@@ -140,7 +146,7 @@ class CastCodec:
         return _dense(segments, row_factor, column_factor)
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        return _segments_of(signal.values.to(self.dtype), segments).view(torch.int32)
+        return _segments_of(_values(signal).to(self.dtype), segments).view(torch.int32)
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         return message.view(self.dtype).float()
@@ -175,7 +181,7 @@ class IntegerCodec(_RowCodec):
     bits: int
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        return self._message(*encode_rows(signal.values, self.bits), segments)
+        return self._message(*encode_rows(_values(signal), self.bits), segments)
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         values = decode_rows(*self._parts(message, segments, rank), self.bits)
@@ -192,6 +198,8 @@ class SignCodec(_RowCodec):
         return Signal(row_factor, column_factor, words=words, magnitudes=torch.empty_like(row_factor))
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        if signal.words is None or signal.magnitudes is None:
+            raise ValueError("this codec writes signals that come as words")
         return self._message(signal.words, signal.magnitudes, segments)
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
@@ -208,7 +216,7 @@ class UnbiasedSignCodec(SignCodec):
         return _dense(segments, row_factor, column_factor)
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        return self._message(*signal_encode_unbiased(signal.values, key), segments)
+        return self._message(*signal_encode_unbiased(_values(signal), key), segments)
 
 
 CODECS: dict[str, SignalCodec] = {

@@ -1,8 +1,8 @@
 """Phase 4: the flips that owners decided reach every copy of the planes.
 
 A plane store knows where the words of the planes live. Replicated (ZeRO 0-2): every rank holds all words, so the
-owners' masks are gathered, in positions where they are few, and every rank XORs them in. Partitioned (ZeRO 3): the owner's words are the only ones, so
-nothing is sent (``mbdist.engine.zero3``).
+owners' masks are gathered, as positions where flips are few, and every rank XORs them in. Partitioned (ZeRO 3): the
+owner's words are the only ones, so nothing is sent (``mbdist.engine.zero3``).
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ micro-batches a rank:
 1. *Backward* hands over the signals of a layer once a micro-batch (``take``): G * outer(row_factor, column_factor).
 2. *Reduce*: a signal is cut flat into R segments, aligned with the ownership of the planes' words (padded to whole
    parts), and written for the wire by a codec; an all-to-all brings each owner its segment from every rank, and the
-   owner adds the R contributions into its accumulators in rank order. No sum of floats crosses ranks, so the result does not depend on the sharding:
-   contribution g = a R + r counts in the order of g, rounded with random bits of (seed, step, g, matrix, element).
+   owner adds the R contributions into its accumulators in rank order. No sum of floats crosses ranks, so the result
+   does not depend on the sharding: contribution g = a R + r counts in the order of g, rounded with random bits of
+   (seed, step, g, matrix, element).
 3. *Decide* (``step``): each owner ranks its flip candidates; counts summed over ranks give the cut that holds the cap
    of flips; the owner flips what lies above it and resets those accumulators.
 4. *Exchange*: the masks reach every copy of the planes (``PlaneStore.apply``).
