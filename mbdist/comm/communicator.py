@@ -6,16 +6,21 @@ group would have to agree on an order. With one rank nothing is sent and every c
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+
 
 class Communicator:
-    """Collectives over all data-parallel ranks. ``bytes_sent[phase]`` counts what this rank's payload costs on the
-    wire: what leaves it for other ranks, by the ring or pairwise algorithm's minimum."""
+    """Collectives over all data-parallel ranks. ``bytes_sent[phase]`` and ``bytes_received[phase]`` count what this
+    rank's payload costs on the wire: what leaves it for other ranks and comes from them, by the ring or pairwise
+    algorithm's minimum."""
 
     def __init__(self, timeout_s: float = 600, alone: bool = False):
         """``alone``: this process by itself, whether or not it is one of many."""
@@ -24,6 +29,12 @@ class Communicator:
         self.rank = dist.get_rank() if self.distributed else 0
         self.group = dist.new_group(timeout=timedelta(seconds=timeout_s)) if self.world_size > 1 else None
         self.bytes_sent: Counter[str] = Counter()
+        self.bytes_received: Counter[str] = Counter()
+
+    def _count(self, phase: str, num_bytes: int) -> None:
+        """Every collective here receives as much as it sends."""
+        self.bytes_sent[phase] += num_bytes
+        self.bytes_received[phase] += num_bytes
 
     def all_to_all(
         self,
@@ -33,14 +44,14 @@ class Communicator:
         """Start the exchange; (received (R, L), row r from rank r; handle to wait on, None if done)."""
         if self.world_size == 1:
             return send, None
-        self.bytes_sent[phase] += send.nbytes * (self.world_size - 1) // self.world_size
+        self._count(phase, send.nbytes * (self.world_size - 1) // self.world_size)
         received = torch.empty_like(send)
         return received, dist.all_to_all_single(received, send, group=self.group, async_op=True)
 
     def all_reduce_sum(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.world_size > 1:
-            self.bytes_sent[phase] += 2 * tensor.nbytes * (self.world_size - 1) // self.world_size
+            self._count(phase, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -48,7 +59,16 @@ class Communicator:
         """Stack every rank's tensor of one shape: (R, *shape)."""
         if self.world_size == 1:
             return tensor.unsqueeze(0)
-        self.bytes_sent[phase] += tensor.nbytes * (self.world_size - 1)
+        self._count(phase, tensor.nbytes * (self.world_size - 1))
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
         dist.all_gather(list(gathered.unbind(0)), tensor, group=self.group)
+        return gathered
+
+    def all_gather_objects(self, value: T, phase: str) -> list[T]:
+        """Every rank's value, of any kind and size that pickles: for the start of a run, not for its steps."""
+        if self.world_size == 1:
+            return [value]
+        self._count(phase, len(pickle.dumps(value)) * (self.world_size - 1))
+        gathered: list[T] = [value] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.group)
         return gathered

@@ -99,12 +99,14 @@ class ReplicatedPlanes:
             xor_apply(self.planes[matrix][k].data, part)
 
     def check_replicas(self, names: Sequence[str]) -> str | None:
-        digests = [
-            hashlib.sha256(plane.data.cpu().numpy().tobytes()).digest()[:8]
-            for planes in self.planes
-            for plane in planes
-        ]
-        local = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).to(self.planes[0][0].device)
+        return self.check([plane for planes in self.planes for plane in planes], names)
+
+    def check(self, planes: Sequence[torch.Tensor], names: Sequence[str]) -> str | None:
+        """``check_replicas`` of some planes."""
+        if not planes:
+            return None
+        digests = [hashlib.sha256(plane.data.cpu().numpy().tobytes()).digest()[:8] for plane in planes]
+        local = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).to(planes[0].device)
         everywhere = self.communicator.all_gather(local, "plane_check")
         differs = (everywhere != everywhere[0]).any(0).nonzero().flatten().tolist()
         return names[differs[0]] if differs else None

@@ -250,6 +250,11 @@ class CommConfig(_Section):
     """Messages of many matrices leave together, in buckets of so many MiB."""
     in_flight: PositiveInt = 2
     """So many buckets may be on the wire while the backward pass continues."""
+    resident_planes: Literal["none", "frozen", "all"] = "none"
+    """With ZeRO stage 3: planes that every worker keeps whole, instead of gathering them in every forward and backward
+    pass. `frozen`: those that are not trained, at one bit a weight each. `all`: flips are sent then."""
+    resident_floats: Literal["none", "frozen"] = "none"
+    """The same of float parameters: `frozen` keeps the embeddings and norms that are not trained."""
     timeout_s: PositiveInt = 600
     """Seconds after which a collective that a peer never joined is an error."""
 

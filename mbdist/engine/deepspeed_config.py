@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
+from torch import nn
+
 from mbdist.config.schema import RunConfig
 
 
-def deepspeed_config(config: RunConfig, device: str = "cpu") -> dict:
-    """``device``: type of the workers' device."""
+def largest_block(model: nn.Module) -> int:
+    """Elements of the parameters of the largest numbered block of a model: int32 words of planes, and floats."""
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        block = re.match(r".*?\.\d+\.", name)
+        if block:
+            sizes[block.group()] += getattr(parameter, "ds_numel", parameter.numel())
+    return max(sizes.values(), default=0)
+
+
+def deepspeed_config(
+    config: RunConfig,
+    device: str = "cpu",  # type of the workers' device
+    block_elements: int = 0,  # of the largest block, as DeepSpeed counts them; 0: DeepSpeed's own settings
+) -> dict:
+    zero = {
+        "stage": config.cluster.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        # Every plane must be partitioned: a persistent one would keep a gathered copy that a flip does not reach.
+        "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 0,
+    }
+    if block_elements and config.cluster.zero_stage == 3:
+        # DeepSpeed counts elements. A word of 32 weights is one, so its defaults, which suit 16 bits a weight, would
+        # gather dozens of packed blocks ahead: one block ahead, and no more than three alive.
+        zero["stage3_prefetch_bucket_size"] = block_elements
+        zero["stage3_max_live_parameters"] = 3 * block_elements
+        zero["stage3_max_reuse_distance"] = block_elements
     return {
         "train_batch_size": config.train.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -14,14 +46,7 @@ def deepspeed_config(config: RunConfig, device: str = "cpu") -> dict:
         "gradient_clipping": config.train.max_grad_norm,
         "steps_per_print": 1_000_000_000,  # progress is ours to print
         "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW
-        "zero_optimization": {
-            "stage": config.cluster.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            # Every plane must be partitioned: a persistent one would keep a gathered copy that a flip does not reach.
-            "stage3_param_persistence_threshold": 0,
-            "stage3_model_persistence_threshold": 0,
-        },
+        "zero_optimization": zero,
         # Floats stay in the dtype they are given: trained ones fp32, frozen ones in the compute dtype (autocast).
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},

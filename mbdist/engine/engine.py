@@ -14,9 +14,9 @@ from torch import nn
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
-from mbdist.engine.deepspeed_config import deepspeed_config
+from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
-from mbdist.engine.zero3 import PartitionedPlanes
+from mbdist.engine.zero3 import PartitionedPlanes, keep_resident
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
@@ -30,7 +30,9 @@ class Engine:
     def __init__(self, student: nn.Module, boolean: BooleanOptimizer, config: RunConfig, communicator: Communicator):
         self.zero_stage = config.cluster.zero_stage
         self.communicator = communicator
-        self._bucket_bytes = config.comm.bucket_bytes
+        self._comm = config.comm
+        if self.zero_stage == 3:
+            keep_resident(student, self._resident(student, boolean))
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
         self._floats = floats = config.floats
         self.optimizer = SkippableAdamW(
@@ -43,17 +45,29 @@ class Engine:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
         )
-        settings = deepspeed_config(config, trained[0][1].device.type)
+        settings = deepspeed_config(config, trained[0][1].device.type, largest_block(student))
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )
+        self.zero_settings = settings["zero_optimization"]
         boolean.store = self._plane_store(boolean)
 
     def _plane_store(self, boolean: BooleanOptimizer) -> PlaneStore:
         planes = [layer.planes for layer in boolean.layers.values()]
-        if self.zero_stage == 3:
-            return PartitionedPlanes(planes, boolean.partitions)
-        return ReplicatedPlanes(planes, boolean.partitions, self.communicator, self._bucket_bytes)
+        if self.zero_stage < 3:
+            return ReplicatedPlanes(planes, boolean.partitions, self.communicator, self._comm.bucket_bytes)
+        return PartitionedPlanes(planes, boolean.partitions, self.communicator, self._comm.bucket_bytes)
+
+    def _resident(self, student: nn.Module, boolean: BooleanOptimizer) -> list[nn.Parameter]:
+        """What ZeRO-3 leaves whole on every rank."""
+        resident = []
+        if self._comm.resident_planes != "none":
+            trained = {id(entry.layer.planes[k]) for entry in boolean.accumulated for k in entry.planes}
+            planes = [plane for layer in boolean.layers.values() for plane in layer.planes]
+            resident += [p for p in planes if self._comm.resident_planes == "all" or id(p) not in trained]
+        if self._comm.resident_floats == "frozen":
+            resident += [p for p in student.parameters() if p.is_floating_point() and not p.requires_grad]
+        return resident
 
     @property
     def module(self) -> nn.Module:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
+from mbdist.comm.communicator import Communicator
+from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
 from mbdist_kernels import xor_apply
 
 
-class PartitionedPlanes:
-    """A ``PlaneStore`` over DeepSpeed's partitions. The next gather distributes the flips: they cost no message."""
+def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Turn parameters into buffers of the same names, which ZeRO neither partitions nor gathers. (What DeepSpeed calls
+    persistent is released and gathered again in every step.)"""
+    buffers = {id(parameter): parameter.data for parameter in parameters}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) in buffers:
+                delattr(module, name)
+                module.register_buffer(name, buffers[id(parameter)])
 
-    def __init__(self, planes: Sequence[Sequence[torch.nn.Parameter]], partitions: Sequence[WordPartition]):
+
+def _is_partitioned(plane: torch.Tensor) -> bool:
+    return hasattr(plane, "ds_tensor")
+
+
+class PartitionedPlanes:
+    """A ``PlaneStore`` over DeepSpeed's partitions. The next gather distributes the flips: they cost no message, but
+    for planes that stay resident, which are flipped like those of ``ReplicatedPlanes``."""
+
+    def __init__(
+        self,
+        planes: Sequence[Sequence[torch.Tensor]],
+        partitions: Sequence[WordPartition],
+        communicator: Communicator,
+        bucket_bytes: int,
+    ):
         for of_matrix, partition in zip(planes, partitions, strict=True):
-            for plane in of_matrix:
+            for plane in filter(_is_partitioned, of_matrix):
                 if plane.ds_tensor.numel() != partition.words_per_rank:
                     raise RuntimeError(
                         f"DeepSpeed cut a plane of {partition.num_words} words into parts of "
@@ -23,13 +48,24 @@ class PartitionedPlanes:
                         "differently"
                     )
         self.planes = planes
+        self._resident = ReplicatedPlanes(planes, partitions, communicator, bucket_bytes)
 
     def owned_words(self, matrix: int, k: int) -> torch.Tensor:
-        return self.planes[matrix][k].ds_tensor.data
+        plane = self.planes[matrix][k]
+        return plane.ds_tensor.data if _is_partitioned(plane) else self._resident.owned_words(matrix, k)
 
     def apply(self, masks: dict[tuple[int, int], torch.Tensor]) -> None:
+        resident = {}
         for (matrix, k), mask in masks.items():
-            xor_apply(self.planes[matrix][k].ds_tensor.data, mask)
+            if _is_partitioned(plane := self.planes[matrix][k]):
+                xor_apply(plane.ds_tensor.data, mask)
+            else:
+                resident[matrix, k] = mask
+        if resident:
+            self._resident.apply(resident)
 
     def check_replicas(self, names: Sequence[str]) -> str | None:
-        return None  # there is one copy of every word
+        """Of the resident planes; of the others there is one copy of every word."""
+        of_all = [plane for of_matrix in self.planes for plane in of_matrix]
+        resident = {name: plane for name, plane in zip(names, of_all, strict=True) if not _is_partitioned(plane)}
+        return self._resident.check(list(resident.values()), list(resident))

@@ -73,7 +73,7 @@ class MultiBooleanLinear(nn.Module):
         self.signal_sink: SignalSink | None = None
 
     @property
-    def planes(self) -> list[nn.Parameter]:
+    def planes(self) -> list[torch.Tensor]:
         return [getattr(self, f"plane_{k}") for k in range(self.num_planes)]
 
     @property

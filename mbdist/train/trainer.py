@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.metadata
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from mbdist.comm.agreement import agree
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, Batches, load_corpus
@@ -27,6 +29,8 @@ from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import prepare, student_source, teacher_source, wait_until_prepared
 from mbdist_kernels import fold_key
+
+_SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
 
 
 def run_worker(config: RunConfig) -> None:
@@ -97,6 +101,7 @@ class Trainer:
             communicator.world_size,
         )
         student = load_model(source)
+        self._agree(student)
         self.bits_per_weight = bits_per_weight(student)
         self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
         choose_trained_floats(student, config.floats.also_train, self.dtype)
@@ -117,6 +122,17 @@ class Trainer:
         self.engine = Engine(student, self.boolean, config, communicator)
         self._say_what_was_decided()
 
+    def _agree(self, student: PreTrainedModel) -> None:
+        """Stop here, and not in a collective that never ends, where workers would compute different things."""
+        of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}}
+        sections = self.config.model_dump(mode="json", exclude=of_this_worker)
+        facts = {f"the version of {name}": importlib.metadata.version(name) for name in _SAME_VERSIONS}
+        for section, value in sections.items():
+            settings = value.items() if isinstance(value, dict) else [("", value)]
+            facts |= {f"{section}.{key}".removesuffix("."): repr(setting) for key, setting in settings}
+        facts["the digest of the model's weights"] = hash_tensors(student.state_dict())
+        agree(self.communicator, facts)
+
     def _load_teacher(self) -> PreTrainedModel | None:
         source = teacher_source(self.config)
         if source is None:
@@ -136,6 +152,7 @@ class Trainer:
             micro_batch=config.train.micro_batch,
             accumulation=config.accumulation,
             codec=config.comm.codec,
+            deepspeed=self.engine.zero_settings,
             planes=self.num_planes,
             bits_per_weight=self.bits_per_weight,
             trained_weights={entry.name: entry.layer.num_weights for entry in self.boolean.accumulated},
@@ -263,7 +280,9 @@ class Trainer:
         loss, kl, cross_entropy, _ = losses.tolist()
         tokens = self.config.tokens_per_step
         sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
+        received = dict(self.communicator.bytes_received)
         self.communicator.bytes_sent.clear()
+        self.communicator.bytes_received.clear()
         every = self.config.train.check_planes_every
         self.metrics.write(
             "step",
@@ -284,13 +303,15 @@ class Trainer:
             seconds=seconds,
             memory=self.memory_bytes(),
             bytes_sent=dict(sent),
+            bytes_received=received,
         )
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of this rank by category, and what the process holds in all."""
         student = self.engine.module
-        planes = [p for p in student.parameters() if p.dtype == torch.int32]
-        frozen = [p for p in student.parameters() if p.dtype != torch.int32 and not p.requires_grad]
+        held = [*student.parameters(), *student.buffers()]
+        planes = [p for p in held if p.dtype == torch.int32]
+        frozen = [p for p in held if p.dtype != torch.int32 and not p.requires_grad]
         teacher = self.teacher.parameters() if self.teacher is not None else []
         return {
             "planes": _held_bytes(planes),

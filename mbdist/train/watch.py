@@ -76,6 +76,9 @@ class RunWatcher:
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)
+        if event == "start" and record["zero_stage"] == 3:
+            chosen = record["deepspeed"].get("stage3_prefetch_bucket_size", 0)
+            self.console.print(f"ZeRO-3 gathers {chosen:,} elements ahead: one block, in words", markup=False)
 
     def _show_step(self, record: dict) -> None:
         status = (

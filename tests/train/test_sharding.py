@@ -15,7 +15,7 @@ from mbdist.train.metrics import read_metrics
 CASES = [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)]
 
 
-def train(tmp_path, model, workers, stage, lr=0.0, **train_section):
+def train(tmp_path, model, workers, stage, lr=0.0, sections=None, **train_section):
     """(digest of the planes, flips by step, step records).
 
     The sum of the scales' gradients over ranks is DeepSpeed's, in floats, and its order depends on the ranks: with the
@@ -27,6 +27,7 @@ def train(tmp_path, model, workers, stage, lr=0.0, **train_section):
         model,
         cluster={"workers": workers, "zero_stage": stage, "cpus_per_worker": 1},
         floats={"lr": lr},
+        **(sections or {}),
         data={"max_eval_windows": 2},
         train=train_section,
     )
@@ -35,7 +36,7 @@ def train(tmp_path, model, workers, stage, lr=0.0, **train_section):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     command = [sys.executable, *torchrun, "-m", "mbdist.cli.main", "train", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "step"]
     flips = [record["flips"] for record in steps]
     return hash_planes(load_model(ModelConfig(path=str(run_dir / "model")))), flips, steps
@@ -58,6 +59,37 @@ def test_same_planes_for_any_workers_and_stage(tmp_path, llama_folder, alone, wo
     if stage == 3:
         assert memory["planes"] <= whole["planes"] / workers * 1.05 + 4096, "planes are partitioned"
         assert "flips" not in steps[-1]["bytes_sent"], "under ZeRO-3 a flip costs no message"
+
+
+@pytest.mark.slow
+def test_sign_words_give_the_same_planes_too(tmp_path, llama_folder):
+    """Row scales and buckets cross the cuts of the matrices; the smallest buckets hold one matrix each."""
+    digest, flips, _ = train(tmp_path, llama_folder, 1, 0, sections={"comm": {"codec": "sign"}})
+    assert sum(sum(step.values()) for step in flips) > 100
+    for workers, stage, bucket_mb in ((2, 2, 25), (3, 3, 1e-6)):
+        comm = {"codec": "sign", "bucket_mb": bucket_mb}
+        assert train(tmp_path, llama_folder, workers, stage, sections={"comm": comm})[:2] == (digest, flips)
+
+
+@pytest.mark.slow
+def test_resident_planes_change_nothing_but_traffic(tmp_path, llama_folder):
+    """Of two planes the last trains: the other may stay whole for nothing, the last at the price of sending flips."""
+    found = {}
+    for resident in ("none", "frozen", "all"):
+        (folder := tmp_path / resident).mkdir()
+        sections = {"comm": {"resident_planes": resident}, "boolean": {"planes": "last"}}
+        found[resident] = train(folder, llama_folder, 2, 3, sections=sections)
+    (folder := tmp_path / "floats").mkdir()
+    sections["comm"]["resident_floats"] = "frozen"
+    found["floats"] = train(folder, llama_folder, 2, 3, sections=sections)
+    sent = {name: steps[-1]["bytes_sent"] for name, (_, _, steps) in found.items()}
+    assert sum(sum(step.values()) for step in found["none"][1]) > 100
+    for resident in ("frozen", "all", "floats"):
+        assert found[resident][:2] == found["none"][:2]
+    none, frozen, both, floats = (sent[name]["deepspeed_all_gather_into_tensor"] for name in found)
+    assert none - frozen == frozen - both > 0, "one plane, and the other"
+    assert floats < both
+    assert "flips" not in sent["none"] and "flips" not in sent["frozen"] and sent["all"]["flips"] > 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,67 @@
+"""Ranks that differ stop at the start; ranks that are gone or stuck are an error, not a hang."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mbdist.comm.agreement import agree
+from mbdist.comm.communicator import Communicator
+from mbdist.errors import UserError
+
+
+def join(rank, world_size, folder, timeout_s=60):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    return Communicator(timeout_s)
+
+
+def _disagreeing(rank, world_size, folder):
+    communicator = join(rank, world_size, folder)
+    agree(communicator, {"seed": "1", "comm.codec": "'sign'"})  # passes
+    facts = {"seed": str(rank // 2), "comm.codec": "'sign'"} | ({"digest": "ab"} if rank else {})
+    try:
+        agree(communicator, facts)
+    except UserError as error:
+        torch.save(str(error), f"{folder}/rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_workers_that_differ_are_told_in_what(tmp_path):
+    mp.spawn(_disagreeing, (3, str(tmp_path)), nprocs=3)
+    for rank in range(3):
+        message = torch.load(tmp_path / f"rank_{rank}.pt")
+        assert "seed is 0 on worker 0, but 1 on worker 2" in message
+        assert "digest is (absent) on worker 0, but ab on worker 1" in message
+        assert "codec" not in message
+
+
+def _with_a_lost_peer(rank, world_size, folder, how):
+    communicator = join(rank, world_size, folder, timeout_s=5)
+    communicator.all_reduce_sum(torch.ones(1), "statistics")  # connected
+    if rank == 1:
+        os.kill(os.getpid(), how)
+        return
+    started = time.monotonic()
+    try:
+        _, handle = communicator.all_to_all(torch.zeros(world_size, 1 << 20, dtype=torch.int32), "signal")
+        handle.wait()
+    except RuntimeError:
+        torch.save(time.monotonic() - started, f"{folder}/rank_0.pt")
+    os._exit(0)  # no farewell to a peer that is gone
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_peer_that_is_lost_raises_within_the_timeout(tmp_path, how):
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=_with_a_lost_peer, args=(rank, 2, str(tmp_path), how)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    ranks[0].join(60)
+    ranks[1].kill()
+    ranks[1].join()
+    assert torch.load(tmp_path / "rank_0.pt") < 15
