@@ -1,9 +1,8 @@
 """``mbdist bench train``: a Boolean finetuning step beside the same model's dense bf16 step, in one run on one machine.
 
 Both train with the same teacher, batch, loss and DeepSpeed; the dense one is what a user would do without this project:
-bf16 weights, fp32 masters and AdamW moments for every linear weight. Embeddings, norms and head are frozen in both,
-so the state that is counted is that of the linear weights. Each kind runs in a process of its own, so that peak
-memory is its own.
+bf16 weights, fp32 masters and AdamW moments for every linear weight. Each kind runs in a process of its own, so that
+peak memory is its own.
 """
 
 from __future__ import annotations
@@ -115,44 +114,61 @@ def _measure_boolean(config: RunConfig) -> dict:
 
 
 def _measure_dense(config: RunConfig) -> dict:
-    """The same trainer's data, teacher and loss around a dense student under DeepSpeed bf16."""
-    import torch
+    from mbdist.train.environment import set_up_worker
 
-    from mbdist.comm.communicator import Communicator
-    from mbdist.data import Batches, load_corpus
-    from mbdist.engine.dense import DenseEngine
-    from mbdist.model.layers import convertible_layers
-    from mbdist.model.loading import load_model, load_tokenizer
-    from mbdist.train.environment import compute_dtype, set_up_worker
-    from mbdist.train.loss import distillation_loss
-    from mbdist.train.prepare import teacher_source
+    dense = DenseTrainer(config, set_up_worker(config))
+    step_s = _timed_steps(dense.step, config.train.steps)
+    return {"step_s": step_s, "state_bytes_per_weight": dense.engine.state_bytes() / dense.linear_weights}
 
-    device = set_up_worker(config)
-    Communicator(config.comm.timeout_s)
-    dtype = compute_dtype(config.train.precision, device)
-    student = load_model(config.model).to(device).requires_grad_(False)
-    if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
-    for layer in linear:
-        layer.requires_grad_(True)
-    source = teacher_source(config)
-    teacher = load_model(source, dtype).to(device) if source is not None else None
-    engine = DenseEngine(student, config)
-    corpus = load_corpus(config.data, load_tokenizer(config.model))
-    batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
 
-    def step(number: int) -> None:
-        batch = batches.micro_batch_at(number, 0)
-        ids, learned = batch.input_ids.to(device), batch.learned.to(device)
+class DenseTrainer:
+    """A run's data, teacher and loss around a dense student under DeepSpeed bf16: what a user would do without this
+    project. Trains the linear weights that would be converted, and ``floats.also_train``."""
+
+    def __init__(self, config: RunConfig, device):
+        import fnmatch
+
+        from mbdist.comm.communicator import Communicator
+        from mbdist.data import Batches, load_corpus
+        from mbdist.engine.dense import DenseEngine
+        from mbdist.model.layers import convertible_layers
+        from mbdist.model.loading import load_model, load_tokenizer
+        from mbdist.train.environment import compute_dtype
+        from mbdist.train.prepare import teacher_source
+
+        communicator = Communicator(config.comm.timeout_s)
+        self.config, self.device = config, device
+        student = load_model(config.model).to(device).requires_grad_(False)
+        if config.train.activation_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
+        for layer in linear:
+            layer.requires_grad_(True)
+        for name, parameter in student.named_parameters():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.floats.also_train):
+                parameter.requires_grad_(True)
+        self.linear_weights = sum(layer.weight.numel() for layer in linear)
+        source = teacher_source(config)
+        dtype = compute_dtype(config.train.precision, device)
+        self.teacher = load_model(source, dtype).to(device) if source is not None else None
+        self.engine = DenseEngine(student, config)
+        corpus = load_corpus(config.data, load_tokenizer(config.model))
+        ranks = (communicator.rank, communicator.world_size)
+        batch = (config.train.sequences_per_step, config.train.micro_batch)
+        self.batches = Batches(corpus.train, config.seed, *batch, *ranks)
+        self.engine.engine.module.train()
+
+    def step(self, number: int) -> None:
+        """One step of one micro-batch a rank."""
+        import torch
+
+        from mbdist.train.loss import distillation_loss
+
+        batch = self.batches.micro_batch_at(number, 0)
+        ids, learned = batch.input_ids.to(self.device), batch.learned.to(self.device)
         with torch.no_grad():
-            taught = teacher(input_ids=ids, use_cache=False).logits if teacher is not None else None
-        logits = engine.forward(input_ids=ids, use_cache=False).logits
+            taught = self.teacher(input_ids=ids, use_cache=False).logits if self.teacher is not None else None
+        logits = self.engine.forward(input_ids=ids, use_cache=False).logits
         targets = int(learned[:, 1:].sum())
-        engine.backward(distillation_loss(logits, taught, ids, learned, config.loss, targets, len(ids)).total)
-        engine.step()
-
-    engine.engine.module.train()
-    step_s = _timed_steps(step, config.train.steps)
-    weights = sum(layer.weight.numel() for layer in linear)
-    return {"step_s": step_s, "state_bytes_per_weight": engine.state_bytes() / weights}
+        self.engine.backward(distillation_loss(logits, taught, ids, learned, self.config.loss, targets, len(ids)).total)
+        self.engine.step()

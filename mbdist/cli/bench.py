@@ -78,6 +78,33 @@ def quality(
 
 
 @app.command()
+def comm(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config whose model, data and codec are used.")] = "configs/comm.yaml",
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2 4.")] = None,
+    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="ZeRO; repeatable. Default: 2 3.")] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: all.")] = None,
+    mbit: Annotated[
+        list[int] | None, typer.Option(min=0, help="Rates of the links; 0: no limit. Default: 0 1000 100 10.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """Bytes and seconds of a step on slow links against DeepSpeed's dense bf16 step. Needs root (network namespaces).
+
+    Example: `mbdist bench comm --ranks 2 --stage 2 --codec sign --mbit 100`
+    """
+    from mbdist.bench.comm import CODECS, bench_comm
+    from mbdist.config import load_config
+
+    _check_folder(json_file)
+    for name in codec or []:
+        if name not in CODECS:
+            raise UserError(f"--codec {name}: there is {', '.join(CODECS)}")
+    loaded = load_config(config, overrides or [])
+    bench_comm(loaded, ranks or [2, 4], stage or [2, 3], codec or list(CODECS), mbit or [0, 1000, 100, 10], json_file)
+
+
+@app.command()
 def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")

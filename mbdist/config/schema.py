@@ -250,6 +250,8 @@ class CommConfig(_Section):
     """Messages of many matrices leave together, in buckets of so many MiB."""
     in_flight: PositiveInt = 2
     """So many buckets may be on the wire while the backward pass continues."""
+    float_gradients: Literal["fp32", "bf16"] = "fp32"
+    """How DeepSpeed reduces the gradients of scales and other trained floats."""
     resident_planes: Literal["none", "frozen", "all"] = "none"
     """With ZeRO stage 3: planes that every worker keeps whole, instead of gathering them in every forward and backward
     pass. `frozen`: those that are not trained, at one bit a weight each. `all`: flips are sent then."""

@@ -47,6 +47,7 @@ def deepspeed_config(
         "steps_per_print": 1_000_000_000,  # progress is ours to print
         "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW
         "zero_optimization": zero,
+        "communication_data_type": config.comm.float_gradients,
         # Floats stay in the dtype they are given: trained ones fp32, frozen ones in the compute dtype (autocast).
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},

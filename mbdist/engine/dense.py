@@ -9,6 +9,7 @@ from torch import nn
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config
 from mbdist.engine.float_optimizer import optimizer_bytes
+from mbdist.engine.zero3 import keep_resident
 
 
 class DenseEngine:
@@ -22,7 +23,11 @@ class DenseEngine:
         )
         settings = deepspeed_config(config, trained[0].device.type)
         settings["bf16"] = {"enabled": True}
+        settings["communication_data_type"] = "bf16"
         settings["zero_optimization"]["stage"] = max(1, config.cluster.zero_stage)  # bf16 masters need ZeRO
+        if config.cluster.zero_stage == 3 and config.comm.resident_floats == "frozen":
+            student.bfloat16()  # DeepSpeed casts parameters, not the buffers that these become
+            keep_resident(student, (p for p in student.parameters() if not p.requires_grad))
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=self.optimizer, config=settings)
 
     def forward(self, **inputs):
