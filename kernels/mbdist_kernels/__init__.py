@@ -34,7 +34,7 @@ from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.popcount import popcount
 from mbdist_kernels.random import fold_key, random_bits
 from mbdist_kernels.row_codes import decode_rows, encode_rows
-from mbdist_kernels.signal_codec import signal_accumulate, signal_encode, signal_encode_unbiased
+from mbdist_kernels.signal_codec import signal_accumulate, signal_decode, signal_encode, signal_encode_unbiased
 from mbdist_kernels.unpack import bits_at, unpack_bits, unpack_signs
 from mbdist_kernels.vote import vote
 from mbdist_kernels.xor_apply import xor_apply
@@ -71,6 +71,7 @@ __all__ = [
     "random_bits",
     "scale_gradients_and_signals",
     "signal_accumulate",
+    "signal_decode",
     "signal_encode",
     "signal_encode_unbiased",
     "signs_of_codes",

@@ -444,6 +444,25 @@ void mbdist_feed_errors_forward(float* columns, int64_t rows, int64_t width, con
 
 // Returns how many elements stand at the threshold or above, by accumulator times sign, or by magnitude where ``words``
 // is null; writes their indices and accumulators where ``found`` is given.
+void mbdist_decode_signs(const int32_t* words, const float* magnitudes, const float* columns, int64_t rows,
+                         int64_t row_words, float* values, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t w = 0; w < row_words; ++w) {
+      const uint32_t word = static_cast<uint32_t>(words[row * row_words + w]);
+      const float* column = columns + w * kWordBits;
+      float* target = values + (row * row_words + w) * kWordBits;
+      for (int b = 0; b < kWordBits; ++b) {
+        const float size = magnitudes[row] * column[b];
+        uint32_t bits;
+        std::memcpy(&bits, &size, sizeof bits);
+        bits ^= (word >> b & 1u) << 31;
+        std::memcpy(target + b, &bits, sizeof bits);
+      }
+    }
+  }
+}
+
 int64_t mbdist_find_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int threshold,
                                int32_t* found, int8_t* values) {
   int64_t count = 0;

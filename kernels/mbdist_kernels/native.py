@@ -225,6 +225,18 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     )
 
 
+def decode_signs(words, magnitudes, columns) -> torch.Tensor:
+    rows, row_words = words.shape
+    values = torch.empty(rows, row_words * 32)
+    accelerator().mbdist_decode_signs(
+        *map(_pointer, (words, magnitudes, columns)),
+        *map(ctypes.c_int64, (rows, row_words)),
+        _pointer(values),
+        torch.get_num_threads(),
+    )
+    return values
+
+
 def find_candidates(accumulator, words, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     arguments = (
         _pointer(accumulator),

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mbdist_kernels import native
 from mbdist_kernels.bits import block_of_plane, signed
 from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.pack import pack_signs
@@ -40,6 +41,19 @@ def signal_encode_unbiased(
     positive = signal * inverse[:, None] * 2.0**14 + 2.0**14  # of 2^15 draws
     draws = random_bits(key, torch.arange(signal.numel(), device=signal.device)).view_as(signal)
     return pack_signs(positive - 0.5 - draws), magnitudes
+
+
+def signal_decode(
+    words: torch.Tensor,  # (m, W) int32
+    magnitudes: torch.Tensor,  # (m,) fp32
+    columns: torch.Tensor,  # (32 W,) fp32: multiplied in; 0 where there are no columns
+) -> torch.Tensor:
+    """magnitude_i * column_j * B_ij: fp32 (m, 32 W)."""
+    if native.serves(magnitudes, columns):
+        return native.decode_signs(words.contiguous(), magnitudes.contiguous(), columns.contiguous())
+    values = torch.zeros(len(words), len(columns), device=words.device)
+    signal_accumulate(values, words[None], magnitudes[None])
+    return values.mul_(columns)
 
 
 def signal_accumulate(

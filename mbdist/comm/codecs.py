@@ -27,7 +27,7 @@ from mbdist_kernels import (
     Signal,
     decode_rows,
     encode_rows,
-    signal_accumulate,
+    signal_decode,
     signal_encode_unbiased,
     words_per_row,
 )
@@ -203,10 +203,7 @@ class SignCodec(_RowCodec):
         return self._message(signal.words, signal.magnitudes, segments)
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
-        words, magnitudes = self._parts(message, segments, rank)
-        values = torch.zeros(len(words), segments.row_words * WORD_BITS, device=words.device)
-        signal_accumulate(values, words[None], magnitudes[None])
-        return segments.out_of_whole_rows(values.mul_(columns), rank)
+        return segments.out_of_whole_rows(signal_decode(*self._parts(message, segments, rank), columns), rank)
 
 
 class UnbiasedSignCodec(SignCodec):

@@ -16,7 +16,7 @@ from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
-from mbdist.engine.zero3 import PartitionedPlanes, keep_resident
+from mbdist.engine.zero3 import PartitionedPlanes, keep_between_steps, keep_resident
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
@@ -49,6 +49,8 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )
+        if self.zero_stage == 3:
+            keep_between_steps(self.engine)
         self.zero_settings = settings["zero_optimization"]
         boolean.store = self._plane_store(boolean)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import deepspeed
 import torch
 from torch import nn
 
@@ -11,6 +12,8 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
 from mbdist_kernels import xor_apply
+
+_SMALL = 100_000  # elements; DeepSpeed's own default
 
 
 def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -22,6 +25,15 @@ def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             if id(parameter) in buffers:
                 delattr(module, name)
                 module.register_buffer(name, buffers[id(parameter)])
+
+
+def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Gather small trained floats, scales above all, once a step and not in every pass: what DeepSpeed calls
+    persistent. Planes must not be: a gathered copy would not see the flips in its partitions."""
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and parameter.ds_numel <= _SMALL:
+            parameter.ds_persist = True
+            engine.optimizer.persistent_parameters.append(parameter)
 
 
 def _is_partitioned(plane: torch.Tensor) -> bool:
