@@ -79,7 +79,7 @@ class _Boolean:
         """Encode with this codec from now on, and time what it takes."""
         from mbdist.comm.codecs import CODECS
 
-        self.trainer.boolean.codec = _Timed(CODECS[name], self)
+        self.trainer.boolean.reduction.codec = _Timed(CODECS[name], self)
 
     def step(self, number: int) -> None:
         self.trainer.step(number)

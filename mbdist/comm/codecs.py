@@ -27,6 +27,7 @@ from mbdist_kernels import (
     Signal,
     decode_rows,
     encode_rows,
+    pack_signs,
     signal_decode,
     signal_encode_unbiased,
     words_per_row,
@@ -77,12 +78,19 @@ class Segments:
 
     def out_of_whole_rows(
         self,
-        values: torch.Tensor,  # (rows touched, 32 W)
+        values: torch.Tensor,  # (rows touched, W c)
         rank: int,
     ) -> torch.Tensor:
-        """The rank's segment again: (32 P,), a view."""
-        first = self._offset(rank) * WORD_BITS
-        return values.view(-1)[first : first + self.partition.elements_per_rank]
+        """The rank's segment again: (P c,), a view."""
+        share = values.shape[1] // self.row_words
+        first = self._offset(rank) * share
+        return values.view(-1)[first : first + self.partition.words_per_rank * share]
+
+    def columns_present(self, rank: int) -> torch.Tensor:
+        """How many of a touched row's weights are in the rank's segment: (rows touched,)."""
+        inside = torch.zeros(self.rows_touched, self.row_words * WORD_BITS)
+        self.out_of_whole_rows(inside, rank).fill_(1)
+        return inside[:, : self.columns].sum(1)
 
     def _offset(self, rank: int) -> int:
         return self.partition.first_word(rank) % self.row_words
@@ -101,6 +109,9 @@ class SignalCodec(Protocol):
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
         """(R, message words) int32, row r for rank r. ``key``: of random bits, another for every signal."""
+
+    def encode_segment(self, values: torch.Tensor, segments: Segments, rank: int, key: int) -> torch.Tensor:
+        """The message to one owner from its segment alone, fp32 (32 P,): scales are of what it has of a row."""
 
     def decode(
         self,
@@ -148,6 +159,9 @@ class CastCodec:
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
         return _segments_of(_values(signal).to(self.dtype), segments).view(torch.int32)
 
+    def encode_segment(self, values: torch.Tensor, segments: Segments, rank: int, key: int) -> torch.Tensor:
+        return values.to(self.dtype).view(torch.int32)
+
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         return message.view(self.dtype).float()
 
@@ -163,6 +177,25 @@ class _RowCodec:
 
     def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
         return _dense(segments, row_factor, column_factor)
+
+    def _codes(
+        self,
+        values: torch.Tensor,  # (rows, 32 W)
+        present: torch.Tensor,  # (rows,): weights in a row
+        key: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes (rows, W bits) int32, scales (rows,))."""
+        raise NotImplementedError
+
+    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
+        values = _values(signal)
+        present = values.new_full((segments.rows,), float(segments.columns))
+        return self._message(*self._codes(values, present, key), segments)
+
+    def encode_segment(self, values: torch.Tensor, segments: Segments, rank: int, key: int) -> torch.Tensor:
+        rows = segments.in_whole_rows(values, rank)
+        codes, scales = self._codes(rows, segments.columns_present(rank).to(rows.device), key)
+        return torch.cat([segments.out_of_whole_rows(codes, rank), scales.view(torch.int32)])
 
     def _message(self, codes: torch.Tensor, scales: torch.Tensor, segments: Segments) -> torch.Tensor:
         of_rows = segments.scales_by_owner(scales).view(torch.int32)
@@ -180,8 +213,8 @@ class IntegerCodec(_RowCodec):
 
     bits: int
 
-    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        return self._message(*encode_rows(_values(signal), self.bits), segments)
+    def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return encode_rows(values, self.bits)
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         values = decode_rows(*self._parts(message, segments, rank), self.bits)
@@ -202,6 +235,9 @@ class SignCodec(_RowCodec):
             raise ValueError("this codec writes signals that come as words")
         return self._message(signal.words, signal.magnitudes, segments)
 
+    def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return pack_signs(values), values.abs().sum(1) / present.clamp(min=1)
+
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         return segments.out_of_whole_rows(signal_decode(*self._parts(message, segments, rank), columns), rank)
 
@@ -213,7 +249,10 @@ class UnbiasedSignCodec(SignCodec):
         return _dense(segments, row_factor, column_factor)
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        return self._message(*signal_encode_unbiased(_values(signal), key), segments)
+        return _RowCodec.encode(self, signal, segments, key)
+
+    def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return signal_encode_unbiased(values, key)
 
 
 CODECS: dict[str, SignalCodec] = {

@@ -6,6 +6,7 @@ group would have to agree on an order. With one rank nothing is sent and every c
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections import Counter
 from datetime import timedelta
@@ -27,9 +28,25 @@ class Communicator:
         self.distributed = dist.is_available() and dist.is_initialized() and not alone
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
-        self.group = dist.new_group(timeout=timedelta(seconds=timeout_s)) if self.world_size > 1 else None
+        self.timeout_s = timeout_s
+        self.group = self._new_group(None) if self.world_size > 1 else None
         self.bytes_sent: Counter[str] = Counter()
         self.bytes_received: Counter[str] = Counter()
+
+    def _new_group(self, ranks: list[int] | None) -> dist.ProcessGroup:
+        return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s))
+
+    def by_nodes(self, node_size: int) -> tuple[Communicator, Communicator]:
+        """(over the ranks of this rank's node, over the ranks that have its place on every node), for nodes of
+        ``node_size`` consecutive ranks. They count into the same totals as this one. All ranks call it together."""
+        nodes = [list(range(first, first + node_size)) for first in range(0, self.world_size, node_size)]
+        places = [list(place) for place in zip(*nodes, strict=True)]
+        node, place = divmod(self.rank, node_size)
+        groups = [[self._new_group(ranks) for ranks in of_kind] for of_kind in (nodes, places)]  # all ranks make all
+        inside, across = copy.copy(self), copy.copy(self)
+        inside.group, inside.rank, inside.world_size = groups[0][node], place, node_size
+        across.group, across.rank, across.world_size = groups[1][place], node, len(nodes)
+        return inside, across
 
     def _count(self, phase: str, num_bytes: int) -> None:
         """Every collective here receives as much as it sends."""

@@ -1,4 +1,4 @@
-"""Phase 2: messages of many matrices leave together in buckets, while the backward pass goes on.
+"""Messages of many matrices leave together in buckets, while the backward pass goes on.
 
 Every rank puts the same matrices into the same buckets, because the backward pass goes through the layers in the same
 order on all of them. A bucket is full when the next matrix would exceed its size; a matrix larger than a bucket has one
@@ -28,11 +28,13 @@ class SignalExchange(Generic[Item]):
         bucket_bytes: int,  # of this rank's messages to all ranks
         in_flight: int,  # buckets on the wire before sending waits for the oldest
         deliver: Callable[[Item, torch.Tensor], None],  # takes (R, L) int32: row r came from rank r
+        phase: str = "signal",  # under which bytes are counted
     ):
         self._communicator = communicator
         self._bucket_bytes = bucket_bytes
         self._in_flight = in_flight
         self._deliver = deliver
+        self._phase = phase
         self._filling: list[tuple[Item, torch.Tensor]] = []
         self._flying: deque[tuple[list[tuple[Item, int]], torch.Tensor, dist.Work | None]] = deque()
 
@@ -63,7 +65,7 @@ class SignalExchange(Generic[Item]):
         bucket = torch.cat([messages for _, messages in self._filling], dim=1)
         contents = [(item, messages.shape[1]) for item, messages in self._filling]
         self._filling = []
-        self._flying.append((contents, *self._communicator.all_to_all(bucket, "signal")))
+        self._flying.append((contents, *self._communicator.all_to_all(bucket, self._phase)))
 
     def _land(self) -> None:
         contents, arrived, handle = self._flying.popleft()

@@ -248,6 +248,10 @@ class CommConfig(_Section):
     those of the curvature estimate, which every worker has, so both cost the same bytes."""
     bucket_mb: Annotated[float, Field(gt=0)] = 25
     """Messages of many matrices leave together, in buckets of so many MiB."""
+    node_size: PositiveInt | Literal["auto"] | None = None
+    """Consecutive workers that share a machine: their signals are added up there first, and one message a machine
+    crosses the slow links. `auto`: as the launcher placed them. null: all workers send to all; then the bits do not
+    depend on how workers are placed."""
     in_flight: PositiveInt = 2
     """So many buckets may be on the wire while the backward pass continues."""
     float_gradients: Literal["fp32", "bf16"] = "fp32"
@@ -331,6 +335,11 @@ class RunConfig(_Section):
             problems.append(
                 f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
                 f"(train.micro_batch) on {workers} workers (cluster.workers): {fix}"
+            )
+        if isinstance(self.comm.node_size, int) and workers % min(self.comm.node_size, workers):
+            problems.append(
+                f"cluster.workers = {workers} cannot be cut into machines of {self.comm.node_size} workers "
+                "(comm.node_size): set it to the number of workers on each machine, or to null"
             )
         if self.train.probe_every and self.boolean.signal != "curvature":
             problems.append(

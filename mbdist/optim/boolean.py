@@ -20,6 +20,7 @@ World size 1 runs the same code. Source of the rule: BOLD (arXiv 2405.16339, alg
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ from mbdist.comm.codecs import CODECS, Segments, SplitColumns
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.comm.partition import WordPartition
-from mbdist.comm.signal_exchange import SignalExchange
+from mbdist.comm.signal_reduction import FlatReduction, NodeReduction, SignalReduction
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.curvature import Curvature
@@ -107,7 +108,7 @@ class BooleanOptimizer:
         self,
         layers: dict[str, MultiBooleanLinear],
         config: BooleanOptimizerConfig,
-        comm: CommConfig,
+        comm: CommConfig,  # node_size as a number or None
         communicator: Communicator,
         total_steps: int,
         micro_batches: int,  # A
@@ -116,9 +117,13 @@ class BooleanOptimizer:
     ):
         self.config = config
         self.communicator = communicator
-        self.codec = CODECS[comm.codec]
         self.magnitudes = comm.magnitudes
-        self.exchange = SignalExchange(communicator, comm.bucket_bytes, comm.in_flight, self._accumulate)
+        how = (CODECS[comm.codec], comm.bucket_bytes, comm.in_flight, self._accumulate)
+        self.reduction: SignalReduction = (
+            NodeReduction(communicator, comm.node_size, *how)
+            if isinstance(comm.node_size, int) and comm.node_size < communicator.world_size
+            else FlatReduction(communicator, *how)
+        )
         self.total_steps = total_steps
         self.micro_batches = micro_batches
         self.seed = seed
@@ -199,40 +204,37 @@ class BooleanOptimizer:
             scale_out, scale_in = scale_out.abs(), scale_in.abs()
         row, column = self.curvature.factors(entry.matrix, scale_out, scale_in, self.config.signal)
         sizes = None
-        if self.codec.splits_columns and self.magnitudes == "rank1" and self.curvature.steps:
+        if self.reduction.codec.splits_columns and self.magnitudes == "rank1" and self.curvature.steps:
             sizes = self.curvature.column_sizes(entry.matrix)
         columns = SplitColumns.of(column, sizes)
         entry.columns = columns.owners
         eta = entry.step_size / self._integration().divisor
-        return self.codec.wanted(entry.segments, row * (eta / self.gradient_scale), columns.sent)
+        return self.reduction.wanted(entry.segments, row * (eta / self.gradient_scale), columns.sent)
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
         self.curvature.add(entries[0].matrix, row_squares, column_squares, tokens)
-        contribution = self.micro_batch * self.communicator.world_size + self.communicator.rank
+        sender = self.micro_batch * self.communicator.world_size + self.communicator.rank
         for entry, signal in zip(entries, signals, strict=bool(signals)):
-            key = self._key(_CODEC + contribution, entry)
-            self.exchange.send(entry, self.codec.encode(signal, entry.segments, key))
+            if entry.columns is None:
+                raise RuntimeError("a signal is taken that was not asked for")
+            key = self._key(_CODEC + sender, entry)
+            self.reduction.send(entry, signal, entry.segments, entry.columns, key)
 
     # Phase 2, the owner's side.
 
-    def _accumulate(
-        self,
-        entry: Accumulated,
-        messages: torch.Tensor,  # (R, L) int32
-    ) -> None:
-        first_contribution = self.micro_batch * self.communicator.world_size
-        for rank, message in enumerate(messages):
-            signal = self.codec.decode(message, entry.segments, self.communicator.rank, entry.columns)
+    def _accumulate(self, entry: Accumulated, signals: Iterable[torch.Tensor]) -> None:
+        """``signals``: the contributions to one micro-batch, each (32 P,)."""
+        first = self.micro_batch * self.reduction.contributions
+        for contribution, signal in enumerate(signals, first):
             if self.probing:
                 entry.probe = signal + (0 if entry.probe is None else entry.probe)
-            first_of_step = self.micro_batch == 0 and rank == 0
             accumulate_signal(
                 entry.accumulator,
                 signal[None],
-                entry.beta_q15 if first_of_step else FIXED_ONE,
+                entry.beta_q15 if contribution == 0 else FIXED_ONE,
                 self._integration().limit,
-                [self._key(first_contribution + rank, entry)],
+                [self._key(contribution, entry)],
                 self._first_element(entry),
                 self.format,
             )
@@ -245,7 +247,7 @@ class BooleanOptimizer:
 
     def finish_micro_batch(self) -> None:
         """Wait for the signals still on the wire. To be called after every backward pass."""
-        self.exchange.finish()
+        self.reduction.finish()
         self.micro_batch += 1
 
     # Phases 3 and 4.
@@ -315,7 +317,7 @@ class BooleanOptimizer:
 
     def _integration(self) -> Integration:
         turn = self.step_count % self.config.alternate_every + 1
-        contributions = self.micro_batches * self.communicator.world_size
+        contributions = self.micro_batches * self.reduction.contributions
         return integration(self.config, self.curvature.steps, turn, contributions)
 
     def _predict(self, chosen: list[Candidates], report: FlipReport) -> None:

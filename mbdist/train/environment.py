@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mbdist.config.schema import ClusterConfig, RunConfig
+from mbdist.config.schema import ClusterConfig, CommConfig, RunConfig
 from mbdist.errors import ConfigError, UserError
 
 
@@ -31,6 +31,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def node_size(config: CommConfig) -> int | None:
+    """``config.node_size``, as the launcher has it for ``auto``."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.node_size == "auto" else config.node_size
 
 
 def pin_accelerator(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from mbdist.model.layers import bits_per_weight, boolean_layers, is_scale
 from mbdist.model.loading import load_model, load_tokenizer
 from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
-from mbdist.train.environment import all_cores, compute_dtype, set_up_worker
+from mbdist.train.environment import all_cores, compute_dtype, node_size, set_up_worker
 from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
@@ -112,7 +112,7 @@ class Trainer:
         self.boolean = optimizer(
             dict(boolean_layers(student)),
             config.boolean,
-            config.comm,
+            config.comm.model_copy(update={"node_size": node_size(config.comm)}),
             communicator,
             total_steps=config.train.steps,
             micro_batches=config.accumulation,
@@ -130,6 +130,7 @@ class Trainer:
         for section, value in sections.items():
             settings = value.items() if isinstance(value, dict) else [("", value)]
             facts |= {f"{section}.{key}".removesuffix("."): repr(setting) for key, setting in settings}
+        facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
         facts["the digest of the model's weights"] = hash_tensors(student.state_dict())
         agree(self.communicator, facts)
 

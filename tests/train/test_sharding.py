@@ -72,6 +72,17 @@ def test_sign_words_give_the_same_planes_too(tmp_path, llama_folder):
 
 
 @pytest.mark.slow
+def test_nodes_send_one_message_and_stages_agree(tmp_path, llama_folder):
+    """The bits depend on the nodes, not on the stage; copies stay equal (``check_planes_every``)."""
+    sections = {"comm": {"codec": "sign", "node_size": 2}}
+    digest, flips, steps = train(tmp_path, llama_folder, 4, 2, sections=sections, micro_batch=1)
+    assert sum(sum(step.values()) for step in flips) > 100
+    sent = steps[-1]["bytes_sent"]
+    assert sent["signal_in_node"] > 10 * sent["signal"] > 0
+    assert train(tmp_path, llama_folder, 4, 3, sections=sections, micro_batch=1)[:2] == (digest, flips)
+
+
+@pytest.mark.slow
 def test_resident_planes_change_nothing_but_traffic(tmp_path, llama_folder):
     """Of two planes the last trains: the other may stay whole for nothing, the last at the price of sending flips."""
     found = {}
