@@ -77,7 +77,7 @@ def measure_finetuned_float(config: RunConfig) -> dict:
     """The float model, every weight of it finetuned on the same tokens: next-token loss, AdamW, the same schedule."""
     _set_up(config)
     model = _load_float(config).train()
-    seconds = _train_dense(config, model, config.train.steps, _FLOAT_LR)
+    seconds = train_dense(config, model, config.train.steps, _FLOAT_LR)
     return {
         **_measure_dense(config, model, 16.0),
         "state_bytes_per_weight": 16.0,
@@ -99,14 +99,14 @@ def measure_from_scratch(config: RunConfig, folder: str) -> dict:
     special = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = {"n_layer": 8, "n_embd": 384, "n_head": 6, "n_positions": config.data.window}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape, **special))
-    _train_dense(config, model.train(), _SCRATCH_STEPS, _SCRATCH_LR)
+    train_dense(config, model.train(), _SCRATCH_STEPS, _SCRATCH_LR)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found = _measure(config, model, _corpus(config).eval, kl=False)
     return {"planes": None, "bits": 16.0, **found, "state_bytes_per_weight": None, "step_s": None, "tokens": 0}
 
 
-def _train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
+def train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
     """Next-token loss, AdamW, the run's schedule and batches; the seconds of every step."""
     from mbdist.data import Batches
     from mbdist.train.loss import distillation_loss

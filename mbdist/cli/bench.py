@@ -105,6 +105,23 @@ def comm(
 
 
 @app.command()
+def codecs(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config: data, tokens, optimizers.")] = "configs/codecs.yaml",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+) -> None:
+    """Loss at equal tokens with the signal in 32, 16, 8, 4 and 1 bits a weight.
+
+    Example: `mbdist bench codecs --json codecs.json`
+    """
+    from mbdist.bench.codecs import bench_codecs
+    from mbdist.config import load_config
+
+    _check_folder(json_file)
+    bench_codecs(load_config(config, overrides or []), json_file)
+
+
+@app.command()
 def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")
