@@ -105,6 +105,29 @@ def comm(
 
 
 @app.command()
+def scaling(
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Repeatable. Default: 8 16 64 256 1024.")] = None,
+    codec: Annotated[str, typer.Option(help="Of the signal.")] = "sign",
+    planes: Annotated[int, typer.Option(min=1, help="K.")] = 2,
+    node_size: Annotated[int, typer.Option(min=1, help="Workers on a machine, for the hierarchical rows.")] = 8,
+) -> None:
+    """Bytes that a rank of a 70B LLaMA sends in a step, on paper, flat and by machines, beside dense bf16.
+
+    Example: `mbdist bench scaling --ranks 64 --ranks 1024`
+    """
+    from mbdist.bench.scaling import scaling_table
+    from mbdist.comm.codecs import CODECS
+
+    if codec not in CODECS:
+        raise UserError(f"--codec {codec}: there is {', '.join(CODECS)}")
+    counts = ranks or [8, 16, 64, 256, 1024]
+    uneven = [count for count in counts if count % node_size]
+    if uneven:
+        raise UserError(f"--ranks {uneven[0]} is no multiple of --node-size {node_size}")
+    scaling_table(counts, codec, planes, node_size)
+
+
+@app.command()
 def codecs(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help="Run config: data, tokens, optimizers.")] = "configs/codecs.yaml",

@@ -103,10 +103,18 @@ class Engine:
         return optimizer_bytes(self.optimizer, trained)
 
     def take_communication(self) -> Counter[str]:
-        """Message bytes of DeepSpeed's collectives since the last call, by operation."""
+        """Bytes that this rank sent in DeepSpeed's collectives since the last call, by operation: like those of
+        ``Communicator``, what the ring algorithm sends at least."""
+        ranks = self.communicator.world_size
+        a_message = {  # DeepSpeed notes a gather's part of this rank, and the whole of other messages
+            "all_reduce": 2 * (ranks - 1) / ranks,
+            "reduce_scatter_tensor": (ranks - 1) / ranks,
+            "all_gather_into_tensor": ranks - 1,
+        }
         sent: Counter[str] = Counter()
         for operation, sizes in comms_logger.get_raw_data().items():
-            sent[f"deepspeed_{operation}"] += sum(size * record[0] for size, record in sizes.items())
+            total = sum(size * record[0] for size, record in sizes.items())
+            sent[f"deepspeed_{operation}"] += round(total * a_message.get(operation, 1.0))
         comms_logger.reset_data()
         return sent
 

@@ -1,0 +1,42 @@
+"""Bytes on paper, in cases that can be counted by hand. Real runs are held to them in tests/train/test_sharding.py."""
+
+import pytest
+
+from mbdist.comm.step_bytes import TrainedModel, dense_step_bytes, llama_shapes, step_bytes
+from mbdist.config.schema import CommConfig
+
+MODEL = TrainedModel([(64, 64)], planes=2)  # 128 words a plane, 256 floats
+LLAMA_70B = TrainedModel(llama_shapes(80, 8192, 28672, 1024), planes=2)
+
+
+def test_of_one_matrix_on_two_ranks():
+    found = step_bytes(MODEL, 2, 3, CommConfig(codec="sign"))
+    assert found["signal"] == 4 * (64 + 33), "half the words and the scales of 32 rows, and of one that might be cut"
+    assert found["statistics"] == 8 * 128
+    assert found["planes"] == 2 * 2 * 512 // 2
+    assert found["float gradients"] == found["floats"] == 4 * 256 // 2
+    assert "flips" not in found
+
+
+def test_resident_planes_are_not_gathered():
+    planes = [step_bytes(MODEL, 2, 3, CommConfig(resident_planes=kind))["planes"] for kind in ("none", "frozen", "all")]
+    assert planes == [1024, 512, 0]
+
+
+def test_few_flips_cost_two_bytes_and_many_a_bit_a_weight():
+    few, all_of_them = (step_bytes(MODEL, 2, 2, CommConfig(), flip_rate=rate)["flips"] for rate in (1 / 256, 1.0))
+    assert few == 2 * 16 // 2 and all_of_them == 512 // 2
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 1024])
+def test_nodes_divide_what_crosses_slow_links(ranks):
+    flat = step_bytes(LLAMA_70B, ranks, 3, CommConfig(codec="sign"))
+    nodes = step_bytes(LLAMA_70B, ranks, 3, CommConfig(codec="sign", node_size=4))
+    assert nodes["signal"] == pytest.approx(flat["signal"] / 4 * (ranks / 4 - 1) / (ranks / 4 - 1 / 4))
+
+
+@pytest.mark.parametrize(("stage", "ratio"), [(2, 40), (3, 9.4)])
+def test_70b_against_dense(stage, ratio):
+    """48 bits a weight, all-reduced and gathered, or gathered twice and scattered, against 1 (and 2 x 2 for planes)."""
+    ours = sum(step_bytes(LLAMA_70B, 64, stage, CommConfig(codec="sign"), flip_rate=1e-4).values())
+    assert dense_step_bytes(LLAMA_70B, 64, stage) / ours > ratio
