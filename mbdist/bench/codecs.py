@@ -28,7 +28,6 @@ _VARIANTS: tuple[tuple[str, dict], ...] = (
         for magnitudes in ("rank1", "row")
     ),
 )
-_DENSE_STEPS = 600  # of the small float model
 
 
 def bench_codecs(config: RunConfig, json_file: Path | None) -> list[dict]:
@@ -79,7 +78,7 @@ def _train_small_model(config: RunConfig) -> dict:
     torch.manual_seed(config.seed)
     llama = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **special)
     model = transformers.LlamaForCausalLM(llama)
-    train_dense(config, model.train(), _DENSE_STEPS, 2e-3)
+    train_dense(config, model.train(), 2 * config.train.steps, 2e-3)
     model.eval().save_pretrained(config.model.path)
     return {}
 

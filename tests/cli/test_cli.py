@@ -40,6 +40,9 @@ def converted(tmp_path_factory, llama_folder):
         "env",
         "bench train",
         "bench quality",
+        "bench comm",
+        "bench codecs",
+        "bench scaling",
     ],
 )
 def test_help_has_an_example(verb):
@@ -137,6 +140,8 @@ def test_env_and_schema_are_json():
             ["bench", "quality", "--group", "x"],
             "there is start, finetuned, longer, allocation, architecture, conversion, ablation",
         ),
+        (["bench", "comm", "--codec", "x"], "there is fp32, bf16, int8, int4, sign, sign_unbiased"),
+        (["bench", "scaling", "--ranks", "9"], "no multiple of --node-size 8"),
         (["generate", "nowhere", "--prompt", "x"], "cannot load the model nowhere"),
         (["train", "none.yaml"], "cannot read the config none.yaml"),
         (["launch", "local", "none.yaml"], "cannot read the config none.yaml"),

@@ -162,3 +162,21 @@ def test_config_imports_no_heavy_library():
     heavy = "('torch', 'deepspeed', 'ray', 'transformers')"
     code = f"import sys, mbdist.config; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_machines_that_do_not_divide_the_workers_are_refused():
+    sections = {"train": {"sequences_per_step": 8, "micro_batch": 1}, "cluster": {"workers": 4}}
+    with pytest.raises(ConfigError, match="cannot be cut into machines of 3 workers"):
+        parse_config({**MINIMAL, **sections, "comm": {"node_size": 3}})
+    for fits in (2, 8, "auto", None):
+        assert parse_config({**MINIMAL, **sections, "comm": {"node_size": fits}}).comm.node_size == fits
+    with pytest.raises(ConfigError, match="comm.node_size"):
+        parse_config({**MINIMAL, **sections, "comm": {"node_size": "some"}})
+
+
+def test_zero_3_gathers_one_block_ahead():
+    from mbdist.engine.deepspeed_config import deepspeed_config
+
+    config = parse_config({**MINIMAL, "cluster": {"zero_stage": 3}})
+    assert deepspeed_config(config, "cpu", 1000)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
+    assert "stage3_prefetch_bucket_size" not in deepspeed_config(config)["zero_optimization"]
