@@ -221,10 +221,17 @@ class IntegerCodec(_RowCodec):
         return segments.out_of_whole_rows(values.mul_(columns), rank)
 
 
-class SignCodec(_RowCodec):
-    """1 bit a weight; the backward pass writes the words itself, no value of the signal is ever in memory."""
+class _Signs(_RowCodec):
+    """1 bit a weight."""
 
     bits = 1
+
+    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
+        return segments.out_of_whole_rows(signal_decode(*self._parts(message, segments, rank), columns), rank)
+
+
+class SignCodec(_Signs):
+    """The backward pass writes the words itself: no value of the signal is ever in memory."""
 
     def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
         words = torch.empty(segments.rows, segments.row_words, dtype=torch.int32, device=row_factor.device)
@@ -238,18 +245,9 @@ class SignCodec(_RowCodec):
     def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pack_signs(values), values.abs().sum(1) / present.clamp(min=1)
 
-    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
-        return segments.out_of_whole_rows(signal_decode(*self._parts(message, segments, rank), columns), rank)
 
-
-class UnbiasedSignCodec(SignCodec):
-    """1 bit a weight, right in the mean and noisier."""
-
-    def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
-        return _dense(segments, row_factor, column_factor)
-
-    def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        return _RowCodec.encode(self, signal, segments, key)
+class UnbiasedSignCodec(_Signs):
+    """Right in the mean, and noisier."""
 
     def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         return signal_encode_unbiased(values, key)

@@ -46,7 +46,7 @@ def reconstruct(
             max_flip_rate=config.max_flip_rate,
             accumulator=config.accumulator,
         ),
-        CommConfig(),
+        CommConfig(codec="fp32"),
         comm,
         total_steps=config.steps,
         micro_batches=1,
