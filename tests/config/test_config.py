@@ -170,7 +170,7 @@ def test_machines_that_do_not_divide_the_workers_are_refused():
         parse_config({**MINIMAL, **sections, "comm": {"node_size": 3}})
     for fits in (2, 8, "auto", None):
         assert parse_config({**MINIMAL, **sections, "comm": {"node_size": fits}}).comm.node_size == fits
-    with pytest.raises(ConfigError, match="comm.node_size"):
+    with pytest.raises(ConfigError, match=r"comm\.node_size"):
         parse_config({**MINIMAL, **sections, "comm": {"node_size": "some"}})
 
 
