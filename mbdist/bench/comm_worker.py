@@ -98,7 +98,7 @@ class _Timed:
 
     def __getattr__(self, name):
         found = getattr(self._codec, name)
-        return self._timing(found) if name in ("encode", "decode") else found
+        return self._timing(found) if name in ("encode", "encode_segment", "decode") else found
 
     def _timing(self, function):
         def timed(*arguments):

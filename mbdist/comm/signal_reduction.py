@@ -18,7 +18,7 @@ import torch
 from mbdist.comm.codecs import CastCodec, Segments, SignalCodec
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.signal_exchange import SignalExchange
-from mbdist_kernels import Signal
+from mbdist_kernels import Signal, fold_key
 
 Item = TypeVar("Item")
 # Takes the contributions to this rank's segment, each fp32 (32 P,), in their order.
@@ -124,7 +124,10 @@ class NodeReduction(Generic[Item]):
             total += message.view(torch.float32)
         owners = [node * self._node_size + self._place for node in range(nodes)]
         segments = zip(total.view(nodes, -1), owners, strict=True)
-        coded = [self.codec.encode_segment(values, sent.segments, owner, sent.key) for values, owner in segments]
+        coded = [
+            self.codec.encode_segment(values, sent.segments, owner, fold_key(sent.key, owner))
+            for values, owner in segments
+        ]
         self._across.send(sent, torch.stack(coded))
 
     def _receive(self, sent: _Sent[Item], messages: torch.Tensor) -> None:

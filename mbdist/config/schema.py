@@ -160,8 +160,13 @@ class TrainConfig(_Section):
     estimate predicted (`boolean.signal: curvature`): one more forward pass there, and 4 bytes a weight. 0: never."""
 
 
+_PlaneNumber = Annotated[int, Field(ge=0)]
+
+
 class BooleanOptimizerConfig(_Section):
-    planes: Literal["levels", "last", "all", "alternating"] | Annotated[list[int], Field(min_length=1)] = "last"
+    planes: Literal["levels", "last", "all", "alternating"] | Annotated[list[_PlaneNumber], Field(min_length=1)] = (
+        "last"
+    )
     """What flips. `last`: the last plane alone, the paper's choice. `levels`: the bits that take a weight to its next
     level, in whatever planes; one accumulator a weight too. `all`, or a list of plane numbers: each of these planes by
     itself, with an accumulator of its own. `alternating`: one plane after the other."""
@@ -336,6 +341,9 @@ class RunConfig(_Section):
                 f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
                 f"(train.micro_batch) on {workers} workers (cluster.workers): {fix}"
             )
+        planes = self.boolean.planes
+        if isinstance(planes, list) and len(set(planes)) < len(planes):
+            problems.append(f"boolean.planes = {planes} names a plane twice")
         if isinstance(self.comm.node_size, int) and workers % min(self.comm.node_size, workers):
             problems.append(
                 f"cluster.workers = {workers} cannot be cut into machines of {self.comm.node_size} workers "

@@ -8,7 +8,8 @@ micro-batches a rank:
    parts), and written for the wire by a codec; an all-to-all brings each owner its segment from every rank, and the
    owner adds the R contributions into its accumulators in rank order. No sum of floats crosses ranks, so the result
    does not depend on the sharding: contribution g = a R + r counts in the order of g, rounded with random bits of
-   (seed, step, g, matrix, element).
+   (seed, step, g, matrix, element). (With ``comm.node_size`` a contribution is a machine's sum, and nodes stand for
+   ranks in this.)
 3. *Decide* (``step``): each owner ranks its flip candidates; counts summed over ranks give the cut that holds the cap
    of flips; the owner flips what lies above it and resets those accumulators.
 4. *Exchange*: the masks reach every copy of the planes (``PlaneStore.apply``).
@@ -31,6 +32,7 @@ from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.comm.partition import WordPartition
 from mbdist.comm.signal_reduction import FlatReduction, NodeReduction, SignalReduction
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_rank
@@ -121,7 +123,7 @@ class BooleanOptimizer:
         how = (CODECS[comm.codec], comm.bucket_bytes, comm.in_flight, self._accumulate)
         self.reduction: SignalReduction = (
             NodeReduction(communicator, comm.node_size, *how)
-            if isinstance(comm.node_size, int) and comm.node_size < communicator.world_size
+            if isinstance(comm.node_size, int) and 1 < comm.node_size < communicator.world_size
             else FlatReduction(communicator, *how)
         )
         self.total_steps = total_steps
@@ -158,6 +160,9 @@ class BooleanOptimizer:
                         config.step_size,
                     )
                 )
+        if not self.accumulated:
+            raise UserError(f"boolean.planes = {config.planes}: no layer has such a plane; they are counted from 0")
+        self._matrix_of = {id(layer): matrix for matrix, layer in enumerate(layers.values())}
         self._of_layer = {
             id(layer): [entry for entry in self.accumulated if entry.layer is layer] for layer in layers.values()
         }
@@ -213,7 +218,7 @@ class BooleanOptimizer:
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
-        self.curvature.add(entries[0].matrix, row_squares, column_squares, tokens)
+        self.curvature.add(self._matrix_of[id(layer)], row_squares, column_squares, tokens)
         sender = self.micro_batch * self.communicator.world_size + self.communicator.rank
         for entry, signal in zip(entries, signals, strict=bool(signals)):
             if entry.columns is None:
@@ -265,8 +270,15 @@ class BooleanOptimizer:
         for entry in self.accumulated:
             entry.beta_q15 = FIXED_ONE  # its decay has been applied
             entry.probe = None
+        self._next_step()
+
+    def _next_step(self) -> None:
         self.step_count += 1
         self.micro_batch = 0
+        if self.config.planes == "alternating" and self.step_count % self.config.alternate_every == 0:
+            for entry in self.accumulated:  # the turn of another plane
+                entry.accumulator.zero_()
+                entry.recent.clear()
 
     def step(self) -> FlipReport:
         """Decide and apply the flips of this step. ``all_finite`` comes first."""
@@ -280,11 +292,7 @@ class BooleanOptimizer:
             entry.probe = None
         tokens = self.curvature.tokens * self.communicator.world_size
         self.curvature.absorb(tokens, self.gradient_scale)
-        self.step_count += 1
-        self.micro_batch = 0
-        if self.config.planes == "alternating" and self.step_count % self.config.alternate_every == 0:
-            for entry in self.accumulated:
-                entry.accumulator.zero_()
+        self._next_step()
         return report
 
     def _flip(self, cap_rate: float, report: FlipReport) -> None:
@@ -388,12 +396,13 @@ class BooleanOptimizer:
 
     @property
     def plane_names(self) -> list[str]:
-        """Every plane that may flip, in the order of the plane store."""
+        """Every plane, in the order of the plane store."""
         return [f"{name}.plane_{k}" for name, layer in self.layers.items() for k in range(layer.num_planes)]
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank keeps between steps, by category."""
         kept = [tensor for entry in self.accumulated for tensor in (*entry.recent, *(entry.scales or ()))]
+        kept += [entry.columns for entry in self.accumulated if entry.columns is not None]
         return {
             "accumulators": sum(entry.accumulator.nbytes for entry in self.accumulated),
             "curvature": self.curvature.smoothed.nbytes + self.curvature.sums.nbytes,
@@ -447,7 +456,7 @@ class BooleanOptimizer:
             entry.accumulator[:elements].copy_(saved["accumulator"])
             entry.beta_q15, entry.step_size = saved["beta_q15"], saved["step_size"]
             entry.recent.clear()
-            entry.recent.extend(saved["recent"])
+            entry.recent.extend(flipped.to(entry.accumulator.device) for flipped in saved["recent"])
         self.curvature.smoothed.copy_(state["curvature"])
         self.curvature.steps = state["curvature_steps"]
         self.curvature.smoothed_tokens = state["tokens"]

@@ -124,12 +124,14 @@ class Trainer:
 
     def _agree(self, student: PreTrainedModel) -> None:
         """Stop here, and not in a collective that never ends, where workers would compute different things."""
-        of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}}
+        of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}, "data": {"cache_dir"}}
         sections = self.config.model_dump(mode="json", exclude=of_this_worker)
         facts = {f"the version of {name}": importlib.metadata.version(name) for name in _SAME_VERSIONS}
         for section, value in sections.items():
             settings = value.items() if isinstance(value, dict) else [("", value)]
             facts |= {f"{section}.{key}".removesuffix("."): repr(setting) for key, setting in settings}
+        facts["the compute type (train.precision)"] = str(self.dtype)
+        facts["the kind of device (cluster.device)"] = self.device.type
         facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
         facts["the digest of the model's weights"] = hash_tensors(student.state_dict())
         agree(self.communicator, facts)

@@ -180,3 +180,9 @@ def test_zero_3_gathers_one_block_ahead():
     config = parse_config({**MINIMAL, "cluster": {"zero_stage": 3}})
     assert deepspeed_config(config, "cpu", 1000)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
     assert "stage3_prefetch_bucket_size" not in deepspeed_config(config)["zero_optimization"]
+
+
+@pytest.mark.parametrize(("planes", "message"), [([1, 1], "names a plane twice"), ([-1], "boolean.planes")])
+def test_planes_that_cannot_be_named_so_are_refused(planes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**MINIMAL, "boolean": {"planes": planes}})

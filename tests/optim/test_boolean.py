@@ -13,6 +13,7 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
 from mbdist.optim.boolean import adapted
@@ -325,3 +326,18 @@ def test_a_steady_signal_is_found_by_evidence():
     torch.manual_seed(0)
     assert flips_of_steady_and_noisy_signals("evidence", 100, 0.2, step_size=0.2) > 0.75
     assert flips_of_steady_and_noisy_signals("evidence", 40, 0.2, micro_batches=4, step_size=0.2) > 0.75
+
+
+def test_layers_without_a_chosen_plane_only_measure_curvature():
+    """A budget of bits gives matrices different numbers of planes."""
+    layers = make_layers()
+    layers["wide"] = MultiBooleanLinear(33, 5, 3, bias=False)
+    config = BooleanOptimizerConfig(planes=[2], **COMMON)
+    optimizer = BooleanOptimizer(layers, config, CommConfig(), Communicator(), 4, 1, seed=0)
+    assert [entry.name for entry in optimizer.accumulated] == ["wide.plane_2"]
+    x, grad_y = inputs_of("a", 0, 0)
+    layers["a"](x).backward(grad_y)
+    optimizer.finish_micro_batch()
+    assert optimizer.curvature.sums.sum() > 0
+    with pytest.raises(UserError, match="no layer has such a plane"):
+        BooleanOptimizer(make_layers(), config, CommConfig(), Communicator(), 4, 1, seed=0)
