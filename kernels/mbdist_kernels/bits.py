@@ -60,16 +60,24 @@ def block_of(row_words, BLOCK_WORDS: tl.constexpr):
 
 
 @triton.jit
+def words_at(row, word, num_rows, row_words):
+    """Of rows (R,) and words (W,) of a plane: (columns (W, 32), which rows exist, offsets of the words (R, W), which
+    words exist)."""
+    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    in_rows = row < num_rows
+    in_words = in_rows[:, None] & (word < row_words)[None, :]
+    return column, in_rows, row[:, None] * row_words + word[None, :], in_words
+
+
+@triton.jit
 def block_of_plane(num_rows, row_words, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
     """This program's block of a plane: (rows (R,), columns (W, 32), which rows exist, offsets of the words (R, W),
     which words exist)."""
     row_block, word_block, _ = block_of(row_words, BLOCK_WORDS)
     row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     word = word_block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-    in_rows = row < num_rows
-    in_words = in_rows[:, None] & (word < row_words)[None, :]
-    return row, column, in_rows, row[:, None] * row_words + word[None, :], in_words
+    column, in_rows, word_at, in_words = words_at(row, word, num_rows, row_words)
+    return row, column, in_rows, word_at, in_words
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, bits_of_float, product
+from mbdist_kernels.bits import as_bits, bits_of_float, product, words_at
 from mbdist_kernels.dequantize import dense_block, dense_in_scratch
 from mbdist_kernels.launch import settings
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
@@ -105,14 +105,11 @@ def _tiles_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     in_rows, in_tokens = row < num_rows, token < num_tokens
-    shift = tl.arange(0, 32)
     place = tl.arange(0, 32 * BLOCK_WORDS)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
     for first in range(0, row_words, BLOCK_WORDS):
         word = first + tl.arange(0, BLOCK_WORDS)
-        in_words = in_rows[:, None] & (word < row_words)[None, :]
-        column = word[:, None] * 32 + shift[None, :]
-        word_at = row[:, None] * row_words + word[None, :]
+        column, _, word_at, in_words = words_at(row, word, num_rows, row_words)
         weight = dense_block(
             planes,
             scale_out,

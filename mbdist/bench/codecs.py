@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbdist.bench.process import in_own_process, one_process_trainer
+from mbdist.bench.quality import changed_config
 from mbdist.config import RunConfig
 
 _VARIANTS: tuple[tuple[str, dict], ...] = (
@@ -32,8 +33,6 @@ _VARIANTS: tuple[tuple[str, dict], ...] = (
 
 def bench_codecs(config: RunConfig, json_file: Path | None) -> list[dict]:
     """A row a variant: bits a weight on the wire, mean loss of the last quarter of the steps, held-out perplexity."""
-    from mbdist.bench.quality import changed_config
-
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = config.model.model_copy(update={"path": f"{scratch}/float", "gguf_file": None})
@@ -84,8 +83,6 @@ def _train_small_model(config: RunConfig) -> dict:
 
 
 def _measure(config: RunConfig) -> dict:
-    from mbdist.train.evaluate import evaluate
-
     trainer = one_process_trainer(config)
     trainer.engine.module.train()
     losses, flips = [], 0
@@ -93,14 +90,7 @@ def _measure(config: RunConfig) -> dict:
         report, found = trainer.step(step)
         losses.append(found[0].item())
         flips += report.total() if report else 0
-    trainer.engine.module.eval()
-    held_out = evaluate(
-        lambda ids: trainer._student(ids).logits,
-        trainer.corpus.eval,
-        config.train.eval_batch,
-        trainer.communicator,
-        trainer.device,
-    )
+    perplexity = trainer.evaluate("finetuned")
     last = losses[-max(1, len(losses) // 4) :]
     accumulated = trainer.boolean.accumulated
     words = sum(trainer.boolean.reduction.codec.message_words(entry.segments) for entry in accumulated)
@@ -108,6 +98,6 @@ def _measure(config: RunConfig) -> dict:
     return {
         "bits_per_weight": round(32 * words / weights, 3) if config.boolean.step_size else 0.0,
         "loss": round(sum(last) / len(last), 4),
-        "perplexity": round(held_out.perplexity, 3),
+        "perplexity": round(perplexity, 3),
         "flip_rate": round(flips / weights / config.train.steps, 7),
     }

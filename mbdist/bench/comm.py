@@ -19,12 +19,22 @@ from rich.console import Console
 from rich.table import Table
 
 from mbdist.bench.links import INTERFACE, Host, joined_hosts, set_rate
-from mbdist.bench.process import in_own_process
+from mbdist.bench.process import in_own_process, prepare_alone
+from mbdist.bench.quality import changed_config
 from mbdist.config import RunConfig
-from mbdist.config.schema import CommConfig
 from mbdist.errors import RunError
 
-CODECS: tuple[str, ...] = CommConfig.model_fields["codec"].annotation.__args__  # type: ignore[union-attr]
+_SHARED = {  # by all measurements: no teacher, a small batch, a conversion that takes seconds
+    "convert.init": "joint",
+    "convert.reconstruction.steps": 0,
+    "loss.teacher": "none",
+    "train.steps": 100,
+    "train.micro_batch": 1,
+    "train.check_planes_every": 0,
+    "cluster.device": "cpu",
+    "cluster.cpus_per_worker": 1,
+    "comm.resident_floats": "frozen",
+}
 _PORT = "29533"  # on the first rank's host, where nothing else listens
 _SECONDS_A_PHASE = 3600
 _STEPS = {10: 1, 100: 2}  # at slow rates a dense step takes minutes; others are measured three times
@@ -42,10 +52,11 @@ def bench_comm(
     Prints tables, writes ``json_file`` after every part where given, returns its content."""
     console = Console()
     rates = [0, *(mbit for mbit in rates if mbit)]  # what the others are compared with
+    measured = list(dict.fromkeys([*codecs, config.comm.codec]))
     result: dict[str, list[dict]] = {"bytes": [], "time": []}
     with tempfile.TemporaryDirectory() as scratch:
-        base = _settled(config, scratch)
-        in_own_process(_prepare, base)
+        base = config.model_copy(update={"run_dir": scratch})
+        in_own_process(_prepare, _on(base, 1, 0))
         for count in ranks:
             with joined_hosts(count) as hosts:
                 for stage in stages:
@@ -53,7 +64,7 @@ def bench_comm(
                     dense = _run("dense", _on(base, count, stage), hosts, slow, ["fp32"])
                     for resident in ("none", "frozen") if stage == 3 else ("none",):
                         run = _on(base, count, stage, resident)
-                        ours = _run("boolean", run, hosts, slow if resident == "none" else [0], codecs)
+                        ours = _run("boolean", run, hosts, slow if resident == "none" else [0], measured)
                         result["bytes"] += _bytes_rows(count, stage, resident, codecs, ours, dense)
                         if resident == "none" and count == min(ranks):
                             result["time"] += _time_rows(stage, config.comm.codec, slow, ours, dense)
@@ -64,39 +75,20 @@ def bench_comm(
     return result
 
 
-def _settled(config: RunConfig, scratch: str) -> RunConfig:
-    """What every measurement shares: no teacher, a small batch, a conversion that takes seconds."""
-    convert = {"init": "joint", "reconstruction": config.convert.reconstruction.model_copy(update={"steps": 0})}
-    return config.model_copy(
-        update={
-            "run_dir": scratch,
-            "convert": config.convert.model_copy(update=convert),
-            "loss": config.loss.model_copy(update={"teacher": "none"}),
-            "train": config.train.model_copy(
-                update={"steps": 100, "micro_batch": 1, "sequences_per_step": 1, "check_planes_every": 0}
-            ),
-            "cluster": config.cluster.model_copy(update={"workers": 1, "device": "cpu", "cpus_per_worker": 1}),
-        }
-    )
-
-
-def _on(base: RunConfig, ranks: int, stage: int, resident: str = "none") -> RunConfig:
-    return base.model_copy(
-        update={
-            "train": base.train.model_copy(update={"sequences_per_step": ranks}),
-            "cluster": base.cluster.model_copy(update={"workers": ranks, "zero_stage": stage}),
-            "comm": base.comm.model_copy(update={"resident_planes": resident, "resident_floats": "frozen"}),
-        }
-    )
+def _on(config: RunConfig, ranks: int, stage: int, resident: str = "none") -> RunConfig:
+    of_this_run = {
+        "train.sequences_per_step": ranks,
+        "cluster.workers": ranks,
+        "cluster.zero_stage": stage,
+        "comm.resident_planes": resident,
+    }
+    return changed_config(config, _SHARED | of_this_run)
 
 
 def _prepare(config: RunConfig) -> dict:
-    from mbdist.train.environment import set_up_worker
-    from mbdist.train.metrics import MetricsWriter
-    from mbdist.train.prepare import prepare
+    from mbdist.optim import BooleanOptimizer
 
-    set_up_worker(config)
-    prepare(config, MetricsWriter(Path(config.run_dir) / "metrics.jsonl"))
+    prepare_alone(config, BooleanOptimizer)
     return {}
 
 
@@ -105,8 +97,8 @@ def _run(kind: str, config: RunConfig, hosts: list[Host], rates: list[int], code
     unlimited = [{"name": codec, "codec": codec, "steps": 3, "mbit": 0} for codec in codecs]
     limited = [
         {"name": f"{mbit} Mbit", "codec": config.comm.codec, "steps": _STEPS.get(mbit, 3), "mbit": mbit}
-        for mbit in sorted(rates, key=lambda mbit: (mbit > 0, -mbit))
-        if mbit or config.comm.codec not in codecs
+        for mbit in sorted(rates, reverse=True)
+        if mbit
     ]
     phases = unlimited + limited
     with tempfile.TemporaryDirectory() as folder:
@@ -139,9 +131,9 @@ def _start(host: Host, rank: int, hosts: list[Host], spec_file: Path) -> subproc
         "MASTER_PORT": _PORT,
         "GLOO_SOCKET_IFNAME": INTERFACE,
     }
-    log = (spec_file.parent / f"log.{rank}").open("w")
     command = host.command([sys.executable, "-m", "mbdist.bench.comm_worker", str(spec_file)])
-    return subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT)
+    with (spec_file.parent / f"log.{rank}").open("w") as log:  # the worker has a handle of its own
+        return subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(workers: list[subprocess.Popen], files: list[Path]) -> None:
@@ -184,7 +176,7 @@ def _bytes_rows(ranks: int, stage: int, resident: str, codecs: list[str], ours: 
 
 def _time_rows(stage: int, codec: str, rates: list[int], ours: dict, dense: dict) -> list[dict]:
     """Communication is what a step takes longer than without a limit."""
-    free_ours, free_dense = ours.get(codec) or ours["0 Mbit"], dense["fp32"]
+    free_ours, free_dense = ours[codec], dense["fp32"]
     rows = []
     for mbit in rates:
         limited = f"{mbit} Mbit"

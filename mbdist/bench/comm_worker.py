@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from mbdist.bench.links import sent_bytes
+from mbdist.bench.process import seconds_of
 from mbdist.config import parse_config
 
 _WARM_UP_STEPS = 2  # the first measures curvature only, the second sends a signal for the first time
@@ -41,13 +42,10 @@ def main(spec_file: str) -> None:
             time.sleep(0.05)
         measured.use_codec(phase["codec"])
         dist.barrier()
-        seconds, before = [], sent_bytes()
+        before = sent_bytes()
         measured.counted_bytes()
-        for _ in range(phase["steps"]):
-            started = time.perf_counter()
-            measured.step(number)
-            seconds.append(time.perf_counter() - started)
-            number += 1
+        seconds = seconds_of(measured.step, range(number, number + phase["steps"]))
+        number += phase["steps"]
         dist.barrier()
         counted = measured.counted_bytes()
         results.append(
@@ -85,9 +83,7 @@ class _Boolean:
         self.trainer.step(number)
 
     def counted_bytes(self) -> dict[str, int]:
-        sent = dict(self.trainer.communicator.bytes_sent)
-        self.trainer.communicator.bytes_sent.clear()
-        return sent | self.trainer.engine.take_communication()
+        return self.trainer.take_bytes()[0]
 
 
 class _Timed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,10 @@ from mbdist.config import RunConfig
 from mbdist.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from mbdist.optim import OptimizerOfBits
+    from mbdist.train.metrics import MetricsWriter
     from mbdist.train.trainer import Trainer
 
 
@@ -52,19 +56,36 @@ def _report(measure: Callable[..., dict], config: RunConfig, arguments: tuple, s
     send.send(result)
 
 
+def seconds_of(step: Callable[[int], object], numbers: range) -> list[float]:
+    """What each of the numbered steps takes."""
+    seconds = []
+    for number in numbers:
+        started = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def prepare_alone(config: RunConfig, optimizer: OptimizerOfBits) -> tuple[torch.device, MetricsWriter]:
+    """Make this process the only rank, and convert unless that is done already."""
+    from mbdist.train.environment import set_up_worker
+    from mbdist.train.metrics import MetricsWriter
+    from mbdist.train.prepare import prepare
+
+    device = set_up_worker(config)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
+    prepare(config, metrics, optimizer)
+    return device, metrics
+
+
 def one_process_trainer(config: RunConfig, optimizer: OptimizerOfBits | None = None) -> Trainer:
     """Convert unless that is done already, and set up everything that a step needs, on one rank. An ``optimizer`` of
     bits other than ours serves the conversion too."""
     from mbdist.comm.communicator import Communicator
     from mbdist.optim import BooleanOptimizer
-    from mbdist.train.environment import set_up_worker
-    from mbdist.train.metrics import MetricsWriter
-    from mbdist.train.prepare import prepare
     from mbdist.train.trainer import Trainer
 
-    device = set_up_worker(config)
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
     optimizer = optimizer or BooleanOptimizer
-    prepare(config, metrics, optimizer)
+    device, metrics = prepare_alone(config, optimizer)
     return Trainer(config, device, Communicator(config.comm.timeout_s), metrics, optimizer)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from mbdist.bench.process import in_own_process, one_process_trainer
+from mbdist.bench.process import in_own_process, one_process_trainer, seconds_of
 from mbdist.config import RunConfig
 from mbdist.errors import UserError
 
@@ -90,12 +89,7 @@ def bench_train(config: RunConfig, steps: int, json_file: Path | None) -> dict:
 
 def _timed_steps(step, total: int) -> float:
     """Median seconds of the steps after the warm-up."""
-    seconds = []
-    for number in range(total):
-        started = time.perf_counter()
-        step(number)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[_WARM_UP_STEPS:])
+    return statistics.median(seconds_of(step, range(total))[_WARM_UP_STEPS:])
 
 
 def _measure_boolean(config: RunConfig) -> dict:
@@ -126,8 +120,6 @@ class DenseTrainer:
     project. Trains the linear weights that would be converted, and ``floats.also_train``."""
 
     def __init__(self, config: RunConfig, device):
-        import fnmatch
-
         from mbdist.comm.communicator import Communicator
         from mbdist.data import Batches, load_corpus
         from mbdist.engine.dense import DenseEngine
@@ -135,21 +127,20 @@ class DenseTrainer:
         from mbdist.model.loading import load_model, load_tokenizer
         from mbdist.train.environment import compute_dtype
         from mbdist.train.prepare import teacher_source
+        from mbdist.train.trainer import choose_trained_floats
 
         communicator = Communicator(config.comm.timeout_s)
         self.config, self.device = config, device
-        student = load_model(config.model).to(device).requires_grad_(False)
+        dtype = compute_dtype(config.train.precision, device)
+        student = load_model(config.model).to(device)
+        choose_trained_floats(student, config.floats.also_train, dtype)
         if config.train.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
         for layer in linear:
             layer.requires_grad_(True)
-        for name, parameter in student.named_parameters():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.floats.also_train):
-                parameter.requires_grad_(True)
         self.linear_weights = sum(layer.weight.numel() for layer in linear)
         source = teacher_source(config)
-        dtype = compute_dtype(config.train.precision, device)
         self.teacher = load_model(source, dtype).to(device) if source is not None else None
         self.engine = DenseEngine(student, config)
         corpus = load_corpus(config.data, load_tokenizer(config.model))

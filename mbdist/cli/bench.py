@@ -93,7 +93,8 @@ def comm(
 
     Example: `mbdist bench comm --ranks 2 --stage 2 --codec sign --mbit 100`
     """
-    from mbdist.bench.comm import CODECS, bench_comm
+    from mbdist.bench.comm import bench_comm
+    from mbdist.comm.codecs import CODECS
     from mbdist.config import load_config
 
     _check_folder(json_file)

@@ -16,6 +16,7 @@ in, which both know, so magnitudes of rank 1 cost no more bytes than magnitudes 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,10 +61,14 @@ class Segments:
         scales: torch.Tensor,  # (m,) fp32
     ) -> torch.Tensor:
         """What every rank needs of one value a row: (R, rows touched), 0 past the last row."""
-        firsts = torch.tensor([self.first_row(rank) for rank in range(self.partition.world_size)])
-        rows = firsts[:, None] + torch.arange(self.rows_touched)
         padded = torch.cat([scales, scales.new_zeros(1)])
-        return padded[rows.clamp(max=self.rows).to(scales.device)]
+        return padded[self._rows_of_owners.to(scales.device)]
+
+    @functools.cached_property
+    def _rows_of_owners(self) -> torch.Tensor:
+        """(R, rows touched): m past the last row."""
+        firsts = torch.tensor([self.first_row(rank) for rank in range(self.partition.world_size)])
+        return (firsts[:, None] + torch.arange(self.rows_touched)).clamp(max=self.rows)
 
     def in_whole_rows(
         self,
@@ -88,9 +93,10 @@ class Segments:
 
     def columns_present(self, rank: int) -> torch.Tensor:
         """How many of a touched row's weights are in the rank's segment: (rows touched,)."""
-        inside = torch.zeros(self.rows_touched, self.row_words * WORD_BITS)
-        self.out_of_whole_rows(inside, rank).fill_(1)
-        return inside[:, : self.columns].sum(1)
+        first = self._offset(rank) * WORD_BITS
+        row_starts = torch.arange(self.rows_touched) * self.row_words * WORD_BITS
+        ends = (row_starts + self.columns).clamp(max=first + self.partition.elements_per_rank)
+        return (ends - row_starts.clamp(min=first)).clamp(min=0)
 
     def _offset(self, rank: int) -> int:
         return self.partition.first_word(rank) % self.row_words
@@ -181,25 +187,26 @@ class _RowCodec:
     def _codes(
         self,
         values: torch.Tensor,  # (rows, 32 W)
-        present: torch.Tensor,  # (rows,): weights in a row
         key: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes (rows, W bits) int32, scales (rows,))."""
         raise NotImplementedError
 
     def encode(self, signal: Signal, segments: Segments, key: int) -> torch.Tensor:
-        values = _values(signal)
-        present = values.new_full((segments.rows,), float(segments.columns))
-        return self._message(*self._codes(values, present, key), segments)
+        return self._message(*self._codes(_values(signal), key), segments)
 
     def encode_segment(self, values: torch.Tensor, segments: Segments, rank: int, key: int) -> torch.Tensor:
-        rows = segments.in_whole_rows(values, rank)
-        codes, scales = self._codes(rows, segments.columns_present(rank).to(rows.device), key)
-        return torch.cat([segments.out_of_whole_rows(codes, rank), scales.view(torch.int32)])
+        codes, scales = self._codes(segments.in_whole_rows(values, rank), key)
+        return self._segment_message(codes, scales, segments, rank)
 
     def _message(self, codes: torch.Tensor, scales: torch.Tensor, segments: Segments) -> torch.Tensor:
         of_rows = segments.scales_by_owner(scales).view(torch.int32)
         return torch.cat([_segments_of(codes, segments), of_rows], dim=1)
+
+    def _segment_message(
+        self, codes: torch.Tensor, scales: torch.Tensor, segments: Segments, rank: int
+    ) -> torch.Tensor:
+        return torch.cat([segments.out_of_whole_rows(codes, rank), scales.view(torch.int32)])
 
     def _parts(self, message: torch.Tensor, segments: Segments, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes in whole rows, scales (rows touched,))."""
@@ -213,7 +220,7 @@ class IntegerCodec(_RowCodec):
 
     bits: int
 
-    def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _codes(self, values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         return encode_rows(values, self.bits)
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
@@ -242,14 +249,16 @@ class SignCodec(_Signs):
             raise ValueError("this codec writes signals that come as words")
         return self._message(signal.words, signal.magnitudes, segments)
 
-    def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return pack_signs(values), values.abs().sum(1) / present.clamp(min=1)
+    def encode_segment(self, values: torch.Tensor, segments: Segments, rank: int, key: int) -> torch.Tensor:
+        rows = segments.in_whole_rows(values, rank)
+        magnitudes = rows.abs().sum(1) / segments.columns_present(rank).clamp(min=1).to(rows.device)
+        return self._segment_message(pack_signs(rows), magnitudes, segments, rank)
 
 
 class UnbiasedSignCodec(_Signs):
     """Right in the mean, and noisier."""
 
-    def _codes(self, values: torch.Tensor, present: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _codes(self, values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         return signal_encode_unbiased(values, key)
 
 

@@ -49,7 +49,20 @@ class SignalReduction(Protocol):
         """Deliver everything that was sent."""
 
 
-class FlatReduction(Generic[Item]):
+class _Owner(Generic[Item]):
+    """The receiving end: decodes the messages to this rank's segment."""
+
+    def __init__(self, codec: SignalCodec, rank: int, deliver: Deliver[Item]):
+        self.codec = codec
+        self._rank = rank
+        self._deliver = deliver
+
+    def _receive(self, sent: _Sent[Item], messages: torch.Tensor) -> None:
+        decoded = (self.codec.decode(message, sent.segments, self._rank, sent.columns) for message in messages)
+        self._deliver(sent.item, decoded)
+
+
+class FlatReduction(_Owner[Item]):
     """All ranks alike."""
 
     def __init__(
@@ -60,10 +73,8 @@ class FlatReduction(Generic[Item]):
         in_flight: int,
         deliver: Deliver[Item],
     ):
-        self.codec = codec
+        super().__init__(codec, communicator.rank, deliver)
         self.contributions = communicator.world_size
-        self._rank = communicator.rank
-        self._deliver = deliver
         self._exchange = SignalExchange(communicator, bucket_bytes, in_flight, self._receive)
 
     def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
@@ -75,12 +86,8 @@ class FlatReduction(Generic[Item]):
     def finish(self) -> None:
         self._exchange.finish()
 
-    def _receive(self, sent: _Sent[Item], messages: torch.Tensor) -> None:
-        decoded = (self.codec.decode(message, sent.segments, self._rank, sent.columns) for message in messages)
-        self._deliver(sent.item, decoded)
 
-
-class NodeReduction(Generic[Item]):
+class NodeReduction(_Owner[Item]):
     """Sums inside nodes of ``node_size`` consecutive ranks, then codes between them."""
 
     _whole = CastCodec(torch.float32)
@@ -95,11 +102,10 @@ class NodeReduction(Generic[Item]):
         deliver: Deliver[Item],
     ):
         inside, across = communicator.by_nodes(node_size)
-        self.codec = codec
+        super().__init__(codec, communicator.rank, deliver)
         self.contributions = across.world_size
         self._node_size = node_size
-        self._rank, self._place = communicator.rank, inside.rank
-        self._deliver = deliver
+        self._place = inside.rank
         self._inside = SignalExchange(inside, bucket_bytes, in_flight, self._sum, "signal_in_node")
         self._across = SignalExchange(across, bucket_bytes, in_flight, self._receive)
 
@@ -129,7 +135,3 @@ class NodeReduction(Generic[Item]):
             for values, owner in segments
         ]
         self._across.send(sent, torch.stack(coded))
-
-    def _receive(self, sent: _Sent[Item], messages: torch.Tensor) -> None:
-        decoded = (self.codec.decode(message, sent.segments, self._rank, sent.columns) for message in messages)
-        self._deliver(sent.item, decoded)

@@ -62,9 +62,9 @@ def step_bytes(
     messages = model.trained_planes * sum(4 * codec.message_words(of) for of in segments)
     whole = model.trained_planes * sum(4 * of.partition.elements_per_rank for of in segments)
     found: dict[str, float] = {}
-    if isinstance(comm.node_size, int) and 1 < comm.node_size < ranks:
-        nodes = ranks // comm.node_size
-        found["signal_in_node"] = whole * nodes * (comm.node_size - 1) * micro_batches
+    if node_size := comm.summing_nodes(ranks):
+        nodes = ranks // node_size
+        found["signal_in_node"] = whole * nodes * (node_size - 1) * micro_batches
         found["signal"] = messages * (nodes - 1) * micro_batches
     else:
         found["signal"] = messages * (ranks - 1) * micro_batches

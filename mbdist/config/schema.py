@@ -273,6 +273,10 @@ class CommConfig(_Section):
     def bucket_bytes(self) -> int:
         return int(self.bucket_mb * 2**20)
 
+    def summing_nodes(self, workers: int) -> int | None:
+        """``node_size``, a number by now, where there are several such nodes with something to add up."""
+        return self.node_size if isinstance(self.node_size, int) and 1 < self.node_size < workers else None
+
 
 class ClusterConfig(_Section):
     workers: PositiveInt = 1

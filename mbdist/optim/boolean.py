@@ -35,16 +35,13 @@ from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.curvature import Curvature
-from mbdist.optim.flip_cap import Cut, add_lottery, cut_by_rank
+from mbdist.optim.flip_cap import within_caps
 from mbdist.optim.integration import Integration, integration
 from mbdist.optim.moves import Candidates, bit_moves, level_moves
 from mbdist.optim.schedule import warmup_cosine
 from mbdist_kernels import (
     ACCUMULATOR_FORMATS,
     FIXED_ONE,
-    LOTTERY_TICKETS,
-    THRESHOLD,
-    TOP_RANK,
     WORD_BITS,
     Signal,
     accumulate_signal,
@@ -70,7 +67,6 @@ class Accumulated:
     layer: MultiBooleanLinear
     matrix: int  # number of the layer
     planes: list[int]  # those it may flip
-    partition: WordPartition
     segments: Segments
     accumulator: torch.Tensor  # (32 P,), the owned part
     step_size: float  # eta of this matrix
@@ -79,6 +75,10 @@ class Accumulated:
     scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) as this step's backward saw them
     probe: torch.Tensor | None = None  # (32 P,) fp32: this step's signal, while it is probed
     recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))  # elements that flipped
+
+    @property
+    def partition(self) -> WordPartition:
+        return self.segments.partition
 
 
 @dataclass
@@ -121,10 +121,9 @@ class BooleanOptimizer:
         self.communicator = communicator
         self.magnitudes = comm.magnitudes
         how = (CODECS[comm.codec], comm.bucket_bytes, comm.in_flight, self._accumulate)
+        node_size = comm.summing_nodes(communicator.world_size)
         self.reduction: SignalReduction = (
-            NodeReduction(communicator, comm.node_size, *how)
-            if isinstance(comm.node_size, int) and 1 < comm.node_size < communicator.world_size
-            else FlatReduction(communicator, *how)
+            NodeReduction(communicator, node_size, *how) if node_size else FlatReduction(communicator, *how)
         )
         self.total_steps = total_steps
         self.micro_batches = micro_batches
@@ -154,7 +153,6 @@ class BooleanOptimizer:
                         layer,
                         matrix,
                         planes,
-                        partition,
                         Segments(layer.out_features, layer.in_features, partition),
                         accumulator,
                         config.step_size,
@@ -359,28 +357,15 @@ class BooleanOptimizer:
         return level_moves(elements, values, words, *entry.scales, self._first_element(entry), row_elements)
 
     def _within_caps(self, candidates: list[Candidates], caps: list[int]) -> list[Candidates]:
-        """Of this rank's candidates those that the caps let flip: the highest ranks, and a lottery below them."""
-        bins = TOP_RANK + 1 - THRESHOLD
-        counts = [torch.bincount(found.ranks.long() - THRESHOLD, minlength=bins) for found in candidates]
-        histograms = self.communicator.all_reduce_sum(torch.stack(counts), "flip_counts").cpu()
-        cuts = [cut_by_rank(histogram, cap) for histogram, cap in zip(histograms, caps, strict=True)]
-        undecided = [i for i, (_, lottery) in enumerate(cuts) if lottery]
-        chosen = [found.only(found.ranks >= cut.rank) for found, (cut, _) in zip(candidates, cuts, strict=True)]
-        if undecided:
-            entries = [self._lottery(i, candidates[i], cuts[i][0]) for i in undecided]
-            counts = [torch.bincount(tickets, minlength=LOTTERY_TICKETS) for _, tickets in entries]
-            totals = self.communicator.all_reduce_sum(torch.stack(counts), "flip_counts").cpu()
-            for i, (players, tickets), total in zip(undecided, entries, totals, strict=True):
-                cut = add_lottery(cuts[i][0], total, caps[i])
-                chosen[i] = chosen[i] + players.only(tickets < cut.tickets)
-        return chosen
+        """Of this rank's candidates those that the caps let flip."""
 
-    def _lottery(self, number: int, found: Candidates, cut: Cut) -> tuple[Candidates, torch.Tensor]:
-        """This rank's candidates just below the cut, and their tickets."""
-        entry = self.accumulated[number]
-        players = found.only(found.ranks == cut.rank - 1)
-        elements = players.elements.long() + self._first_element(entry)
-        return players, draw_tickets(self._key(_LOTTERY, entry), elements)
+        def tickets(number: int, players: Candidates) -> torch.Tensor:
+            entry = self.accumulated[number]
+            return draw_tickets(self._key(_LOTTERY, entry), players.elements.long() + self._first_element(entry))
+
+        return within_caps(
+            candidates, caps, tickets, lambda counts: self.communicator.all_reduce_sum(counts, "flip_counts")
+        )
 
     def _flipped_back(self, entry: Accumulated, moves: Candidates) -> int:
         """How many of the moves are of elements that moved lately; remembers these."""

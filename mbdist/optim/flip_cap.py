@@ -7,11 +7,13 @@ what is left. Everything is integer counts summed over ranks, so all ranks compu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from mbdist_kernels import TOP_RANK
+from mbdist.optim.moves import Candidates
+from mbdist_kernels import LOTTERY_TICKETS, THRESHOLD, TOP_RANK
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,27 @@ def add_lottery(cut: Cut, ticket_counts: torch.Tensor, cap: int) -> Cut:
     running = ticket_counts.cumsum(0)
     tickets = int((running <= cap - cut.flips).sum())
     return Cut(cut.rank, tickets, cut.flips + (int(running[tickets - 1]) if tickets else 0))
+
+
+def within_caps(
+    candidates: list[Candidates],  # this worker's, of every accumulator
+    caps: list[int],  # over all workers
+    tickets: Callable[[int, Candidates], torch.Tensor],  # of the lottery: for players of an accumulator, by its number
+    sum_over_workers: Callable[[torch.Tensor], torch.Tensor],
+) -> list[Candidates]:
+    """This worker's candidates that flip: the highest ranks, and winners of a lottery below them."""
+    bins = TOP_RANK + 1 - THRESHOLD
+    counts = [torch.bincount(found.ranks.long() - THRESHOLD, minlength=bins) for found in candidates]
+    histograms = sum_over_workers(torch.stack(counts)).cpu()
+    cuts = [cut_by_rank(histogram, cap) for histogram, cap in zip(histograms, caps, strict=True)]
+    chosen = [found.only(found.ranks >= cut.rank) for found, (cut, _) in zip(candidates, cuts, strict=True)]
+    undecided = [i for i, (_, lottery) in enumerate(cuts) if lottery]
+    if undecided:
+        players = [candidates[i].only(candidates[i].ranks == cuts[i][0].rank - 1) for i in undecided]
+        drawn = [tickets(i, of_players) for i, of_players in zip(undecided, players, strict=True)]
+        counts = [torch.bincount(of_players, minlength=LOTTERY_TICKETS) for of_players in drawn]
+        totals = sum_over_workers(torch.stack(counts)).cpu()
+        for i, of_players, numbers, total in zip(undecided, players, drawn, totals, strict=True):
+            cut = add_lottery(cuts[i][0], total, caps[i])
+            chosen[i] = chosen[i] + of_players.only(numbers < cut.tickets)
+    return chosen

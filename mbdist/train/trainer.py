@@ -124,6 +124,8 @@ class Trainer:
 
     def _agree(self, student: PreTrainedModel) -> None:
         """Stop here, and not in a collective that never ends, where workers would compute different things."""
+        if self.communicator.world_size == 1:
+            return  # the digest of a large model takes its time
         of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}, "data": {"cache_dir"}}
         sections = self.config.model_dump(mode="json", exclude=of_this_worker)
         facts = {f"the version of {name}": importlib.metadata.version(name) for name in _SAME_VERSIONS}
@@ -175,10 +177,11 @@ class Trainer:
         with self._autocast():
             return self.teacher(input_ids=input_ids, use_cache=False, output_hidden_states=hidden)
 
-    def evaluate(self, name: str) -> None:
-        """Measure held-out perplexity of the student, or of the teacher under the name ``float``."""
+    def evaluate(self, name: str) -> float | None:
+        """Measure, log and return held-out perplexity of the student, or of the teacher under the name ``float``; None
+        where there is no teacher."""
         if name == "float" and self.teacher is None:
-            return
+            return None
         forward = self._teach if name == "float" else self._student
         self.engine.module.eval()
         started = time.perf_counter()
@@ -192,6 +195,7 @@ class Trainer:
         self.metrics.write(
             "eval", name=name, perplexity=found.perplexity, seconds=round(time.perf_counter() - started, 2)
         )
+        return found.perplexity
 
     # Training.
 
@@ -282,10 +286,7 @@ class Trainer:
     def _log_step(self, step: int, report: FlipReport | None, losses: torch.Tensor, seconds: float) -> None:
         loss, kl, cross_entropy, _ = losses.tolist()
         tokens = self.config.tokens_per_step
-        sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
-        received = dict(self.communicator.bytes_received)
-        self.communicator.bytes_sent.clear()
-        self.communicator.bytes_received.clear()
+        sent, received = self.take_bytes()
         every = self.config.train.check_planes_every
         self.metrics.write(
             "step",
@@ -305,9 +306,17 @@ class Trainer:
             tokens_per_s=tokens / seconds,
             seconds=seconds,
             memory=self.memory_bytes(),
-            bytes_sent=dict(sent),
+            bytes_sent=sent,
             bytes_received=received,
         )
+
+    def take_bytes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes sent, DeepSpeed's too, and received, by phase, since the last call."""
+        sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
+        received = dict(self.communicator.bytes_received)
+        self.communicator.bytes_sent.clear()
+        self.communicator.bytes_received.clear()
+        return dict(sent), received
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of this rank by category, and what the process holds in all."""
