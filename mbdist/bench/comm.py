@@ -33,7 +33,6 @@ _SHARED = {  # by all measurements: no teacher, a small batch, a conversion that
     "train.check_planes_every": 0,
     "cluster.device": "cpu",
     "cluster.cpus_per_worker": 1,
-    "comm.resident_floats": "frozen",
 }
 _PORT = "29533"  # on the first rank's host, where nothing else listens
 _SECONDS_A_PHASE = 3600
@@ -81,6 +80,7 @@ def _on(config: RunConfig, ranks: int, stage: int, resident: str = "none") -> Ru
         "cluster.workers": ranks,
         "cluster.zero_stage": stage,
         "comm.resident_planes": resident,
+        "comm.resident_floats": "frozen" if stage == 3 else "none",
     }
     return changed_config(config, _SHARED | of_this_run)
 

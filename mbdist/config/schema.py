@@ -245,9 +245,9 @@ class LossConfig(_Section):
 
 
 class CommConfig(_Section):
-    codec: Literal["fp32", "bf16", "int8", "int4", "sign", "sign_unbiased"] = "fp32"
+    codec: Literal["fp32", "bf16", "int8", "int4", "sign", "sign_unbiased"] = "sign"
     """How the Boolean signal travels to the worker that owns the accumulators: whole, or in 8, 4 or 1 bits a weight
-    beside one scale a row. `sign_unbiased` draws the signs, so that their mean is the signal."""
+    beside one scale a row. `sign`, the smallest, ended within 0.1 % of the loss of `fp32` (docs/benchmarks.md). `sign_unbiased` draws the signs, so that their mean is the signal."""
     magnitudes: Literal["row", "rank1"] = "rank1"
     """Magnitudes of what a codec of 8 bits or less writes: one a row, or a row's times a column's. The columns' are
     those of the curvature estimate, which every worker has, so both cost the same bytes."""
@@ -353,6 +353,12 @@ class RunConfig(_Section):
                 f"cluster.workers = {workers} cannot be cut into machines of {self.comm.node_size} workers "
                 "(comm.node_size): set it to the number of workers on each machine, or to null"
             )
+        for setting in ("resident_planes", "resident_floats"):
+            if getattr(self.comm, setting) != "none" and self.cluster.zero_stage < 3:
+                problems.append(
+                    f"comm.{setting} is for cluster.zero_stage = 3: at stage {self.cluster.zero_stage} every worker "
+                    f"holds everything anyway; set it to none"
+                )
         if self.train.probe_every and self.boolean.signal != "curvature":
             problems.append(
                 f"train.probe_every predicts from q / (s^2 h), which boolean.signal = {self.boolean.signal} does not "

@@ -20,12 +20,14 @@ World size 1 runs the same code. Source of the rule: BOLD (arXiv 2405.16339, alg
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
+from mbdist.comm.agreement import agree
 from mbdist.comm.codecs import CODECS, Segments, SplitColumns
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore
@@ -132,6 +134,7 @@ class BooleanOptimizer:
         self.format = ACCUMULATOR_FORMATS[config.accumulator]
         self.step_count = 0
         self.micro_batch = 0
+        self._first_order: list[int] | None = []  # matrices as the first backward pass reached them; None once agreed
         self.probing = False  # set before the backward passes of a step: keep its signal and predict what its flips do
         self.layers = layers
         self.accumulated: list[Accumulated] = []
@@ -216,7 +219,10 @@ class BooleanOptimizer:
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
-        self.curvature.add(self._matrix_of[id(layer)], row_squares, column_squares, tokens)
+        matrix = self._matrix_of[id(layer)]
+        self.curvature.add(matrix, row_squares, column_squares, tokens)
+        if self._first_order is not None:
+            self._first_order.append(matrix)
         sender = self.micro_batch * self.communicator.world_size + self.communicator.rank
         for entry, signal in zip(entries, signals, strict=bool(signals)):
             if entry.columns is None:
@@ -252,6 +258,10 @@ class BooleanOptimizer:
         """Wait for the signals still on the wire. To be called after every backward pass."""
         self.reduction.finish()
         self.micro_batch += 1
+        if self._first_order is not None:  # messages carry no names: a bucket holds what its place in the order says
+            order = hashlib.sha256(str(self._first_order).encode()).hexdigest()[:16]
+            agree(self.communicator, {"the digest of the order in which backward passes go through the layers": order})
+            self._first_order = None
 
     # Phases 3 and 4.
 

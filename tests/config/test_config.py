@@ -124,6 +124,13 @@ def test_an_impossible_batch_names_the_fix(batch, micro, workers, fix):
         parse_config(settings)
 
 
+@pytest.mark.parametrize("setting", [{"resident_planes": "frozen"}, {"resident_floats": "frozen"}])
+def test_resident_state_is_for_stage_3(setting):
+    with pytest.raises(ConfigError, match=r"is for cluster.zero_stage = 3: at stage 2"):
+        parse_config({**MINIMAL, "comm": setting})
+    parse_config({**MINIMAL, "comm": setting, "cluster": {"zero_stage": 3}})
+
+
 def test_contradictions_in_the_loss():
     with pytest.raises(ConfigError, match="needs a teacher"):
         parse_config({**MINIMAL, "loss": {"teacher": "none", "hidden": "mse"}})

@@ -106,6 +106,24 @@ def run_on_ranks(world_size, folder, config, codec="fp32"):
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
 
 
+def _in_another_order(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    layers = make_layers()
+    optimizer = BooleanOptimizer(
+        layers, BooleanOptimizerConfig(), CommConfig(), Communicator(60), total_steps=4, micro_batches=1, seed=0
+    )
+    for name in reversed(layers) if rank else layers:
+        layers[name](inputs_of(name, 0, 0)[0]).sum().backward()
+    with pytest.raises(UserError, match="order in which backward passes go .* on worker 0, but .* on worker 1"):
+        optimizer.finish_micro_batch()
+    dist.destroy_process_group()
+
+
+def test_layers_in_another_order_are_found_before_a_signal_is_sent(tmp_path):
+    mp.spawn(_in_another_order, (2, str(tmp_path)), nprocs=2)
+
+
 def _differing_main(rank, world_size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
     communicator = Communicator(60)
