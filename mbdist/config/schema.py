@@ -247,7 +247,8 @@ class LossConfig(_Section):
 class CommConfig(_Section):
     codec: Literal["fp32", "bf16", "int8", "int4", "sign", "sign_unbiased"] = "sign"
     """How the Boolean signal travels to the worker that owns the accumulators: whole, or in 8, 4 or 1 bits a weight
-    beside one scale a row. `sign`, the smallest, ended within 0.1 % of the loss of `fp32` (docs/benchmarks.md). `sign_unbiased` draws the signs, so that their mean is the signal."""
+    beside one scale a row. `sign`, the smallest, ended within 0.1 % of the loss of `fp32`
+    (docs/benchmarks.md). `sign_unbiased` draws the signs, so that their mean is the signal."""
     magnitudes: Literal["row", "rank1"] = "rank1"
     """Magnitudes of what a codec of 8 bits or less writes: one a row, or a row's times a column's. The columns' are
     those of the curvature estimate, which every worker has, so both cost the same bytes."""

@@ -111,11 +111,17 @@ def _in_another_order(rank, world_size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
     layers = make_layers()
     optimizer = BooleanOptimizer(
-        layers, BooleanOptimizerConfig(), CommConfig(), Communicator(60), total_steps=4, micro_batches=1, seed=0
+        layers,
+        BooleanOptimizerConfig(),
+        CommConfig(codec="fp32"),
+        Communicator(60),
+        total_steps=4,
+        micro_batches=1,
+        seed=0,
     )
     for name in reversed(layers) if rank else layers:
         layers[name](inputs_of(name, 0, 0)[0]).sum().backward()
-    with pytest.raises(UserError, match="order in which backward passes go .* on worker 0, but .* on worker 1"):
+    with pytest.raises(UserError, match=r"order in which backward passes go .* on worker 0, but .* on worker 1"):
         optimizer.finish_micro_batch()
     dist.destroy_process_group()
 
@@ -220,7 +226,7 @@ def test_raw_rule_flips_what_the_paper_says():
         plane.data = pack_signs(torch.randn(32, 64))
     layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, torch.rand(2, 64) + 0.5
     communicator = Communicator()
-    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), communicator, 10, 1, seed=0)
+    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(codec="fp32"), communicator, 10, 1, seed=0)
     optimizer.store = store_of(optimizer)
     x, grad_y = torch.randn(20, 64), torch.randn(20, 32) / 5
     before = unpack_signs(layer.planes[1].data, 64)
@@ -244,7 +250,7 @@ def test_curvature_signal_is_q_over_s2h():
         plane.data = pack_signs(torch.randn(32, 64))
     layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, -torch.rand(2, 64) - 0.5
     config = BooleanOptimizerConfig(planes="last", signal="curvature", step_size=0.25)
-    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(), Communicator(), 10, 1, seed=0)
+    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(codec="fp32"), Communicator(), 10, 1, seed=0)
     x, dy = torch.randn(50, 64), torch.randn(50, 32)
     optimizer.curvature.add(0, dy.double().square().sum(0), x.double().square().sum(0), 50)
     optimizer.curvature.absorb(50, 1.0)
@@ -260,7 +266,7 @@ def test_curvature_signal_is_q_over_s2h():
 def test_a_signal_that_is_not_finite_is_seen_and_changes_nothing():
     layers = make_layers()
     communicator = Communicator()
-    optimizer = BooleanOptimizer(layers, RAW, CommConfig(), communicator, 10, 1, seed=0)
+    optimizer = BooleanOptimizer(layers, RAW, CommConfig(codec="fp32"), communicator, 10, 1, seed=0)
     before = {name: layer.planes[1].data.clone() for name, layer in layers.items()}
     x, grad_y = inputs_of("b", 0, 0)
     grad_y[0, 0] = torch.inf
@@ -276,7 +282,7 @@ def test_a_signal_that_is_not_finite_is_seen_and_changes_nothing():
 
 def test_state_of_another_run_is_refused():
     layers = make_layers()
-    optimizer = BooleanOptimizer(layers, RAW, CommConfig(), Communicator(), 10, 1, seed=0)
+    optimizer = BooleanOptimizer(layers, RAW, CommConfig(codec="fp32"), Communicator(), 10, 1, seed=0)
     state = optimizer.state_dict()
     state["accumulators"]["other"] = state["accumulators"].pop("a.plane_1")
     with pytest.raises(ValueError, match="other layers"):
@@ -289,7 +295,7 @@ def test_the_step_size_keeps_a_few_candidates_for_every_move():
     config = BooleanOptimizerConfig(planes="last", adapt_step_size=True, decay=0.9, **settings)
     torch.manual_seed(0)
     layer = make_layers()["b"]
-    optimizer = BooleanOptimizer({"b": layer}, config, CommConfig(), Communicator(), 1000, 1, seed=0)
+    optimizer = BooleanOptimizer({"b": layer}, config, CommConfig(codec="fp32"), Communicator(), 1000, 1, seed=0)
     optimizer.store = store_of(optimizer)
     crowding = []
     for step in range(60):
@@ -314,7 +320,7 @@ def flips_of_steady_and_noisy_signals(signal, steps, drift, micro_batches=1, **s
     optimizer = BooleanOptimizer(
         {"layer": layer},
         BooleanOptimizerConfig(**settings),
-        CommConfig(),
+        CommConfig(codec="fp32"),
         Communicator(60, alone=True),
         10**6,
         1,
@@ -351,11 +357,11 @@ def test_layers_without_a_chosen_plane_only_measure_curvature():
     layers = make_layers()
     layers["wide"] = MultiBooleanLinear(33, 5, 3, bias=False)
     config = BooleanOptimizerConfig(planes=[2], **COMMON)
-    optimizer = BooleanOptimizer(layers, config, CommConfig(), Communicator(), 4, 1, seed=0)
+    optimizer = BooleanOptimizer(layers, config, CommConfig(codec="fp32"), Communicator(), 4, 1, seed=0)
     assert [entry.name for entry in optimizer.accumulated] == ["wide.plane_2"]
     x, grad_y = inputs_of("a", 0, 0)
     layers["a"](x).backward(grad_y)
     optimizer.finish_micro_batch()
     assert optimizer.curvature.sums.sum() > 0
     with pytest.raises(UserError, match="no layer has such a plane"):
-        BooleanOptimizer(make_layers(), config, CommConfig(), Communicator(), 4, 1, seed=0)
+        BooleanOptimizer(make_layers(), config, CommConfig(codec="fp32"), Communicator(), 4, 1, seed=0)
