@@ -17,6 +17,7 @@ in, which both know, so magnitudes of rank 1 cost no more bytes than magnitudes 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,6 +107,7 @@ class SignalCodec(Protocol):
     """One message a rank, and back."""
 
     splits_columns: bool  # whether coarse codes profit from columns of like magnitude
+    deviation: float  # standard deviation of what is decoded, of a normal signal with standard deviation 1
 
     def message_words(self, segments: Segments) -> int:
         """Words of one rank's message."""
@@ -155,6 +157,7 @@ class CastCodec:
 
     dtype: torch.dtype
     splits_columns = False
+    deviation = 1.0
 
     def message_words(self, segments: Segments) -> int:
         return segments.partition.elements_per_rank * self.dtype.itemsize // 4
@@ -176,6 +179,7 @@ class _RowCodec:
     """Codes beside one scale a row."""
 
     splits_columns = True
+    deviation = 1.0
     bits: int  # a weight
 
     def message_words(self, segments: Segments) -> int:
@@ -239,6 +243,8 @@ class _Signs(_RowCodec):
 
 class SignCodec(_Signs):
     """The backward pass writes the words itself: no value of the signal is ever in memory."""
+
+    deviation = math.sqrt(2 / math.pi)  # all values at their mean magnitude
 
     def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
         words = torch.empty(segments.rows, segments.row_words, dtype=torch.int32, device=row_factor.device)

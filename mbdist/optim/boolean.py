@@ -215,6 +215,8 @@ class BooleanOptimizer:
         columns = SplitColumns.of(column, sizes)
         entry.columns = columns.owners
         eta = entry.step_size / self._integration().divisor
+        if self.config.signal in ("evidence", "rms"):  # in standard deviations: of what arrives
+            eta /= self.reduction.codec.deviation
         return self.reduction.wanted(entry.segments, row * (eta / self.gradient_scale), columns.sent)
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:

@@ -309,7 +309,7 @@ def test_the_step_size_keeps_a_few_candidates_for_every_move():
     assert adapted(1.0, 3.0, 1.0) == 1.0 == adapted(0.95, 0.0, 1.0)
 
 
-def flips_of_steady_and_noisy_signals(signal, steps, drift, micro_batches=1, **settings):
+def flips_of_steady_and_noisy_signals(signal, steps, drift, micro_batches=1, codec="fp32", **settings):
     """Share of a plane that flipped in so many steps; the gradient's mean has the sign of the first bits, so that all
     should flip, and is so much of the noise's standard deviation a token."""
     m, n, tokens = 32, 64, 64
@@ -320,7 +320,7 @@ def flips_of_steady_and_noisy_signals(signal, steps, drift, micro_batches=1, **s
     optimizer = BooleanOptimizer(
         {"layer": layer},
         BooleanOptimizerConfig(**settings),
-        CommConfig(codec="fp32"),
+        CommConfig(codec=codec),
         Communicator(60, alone=True),
         10**6,
         1,
@@ -343,6 +343,7 @@ def test_evidence_is_never_filled_up_by_noise():
     torch.manual_seed(0)
     assert flips_of_steady_and_noisy_signals("evidence", 300, 0, step_size=0.2) < 2e-3
     assert flips_of_steady_and_noisy_signals("evidence", 300, 0, micro_batches=8, step_size=0.2) < 2e-3
+    assert flips_of_steady_and_noisy_signals("evidence", 300, 0, codec="sign", step_size=0.2) < 2e-3
     assert flips_of_steady_and_noisy_signals("curvature", 120, 0, step_size=8.0) > 0.1
 
 
@@ -350,6 +351,27 @@ def test_a_steady_signal_is_found_by_evidence():
     torch.manual_seed(0)
     assert flips_of_steady_and_noisy_signals("evidence", 100, 0.2, step_size=0.2) > 0.75
     assert flips_of_steady_and_noisy_signals("evidence", 40, 0.2, micro_batches=4, step_size=0.2) > 0.75
+    assert flips_of_steady_and_noisy_signals("evidence", 150, 0.2, codec="sign", step_size=0.2) > 0.75
+
+
+@pytest.mark.parametrize("codec", ["fp32", "sign"])
+def test_evidence_is_in_standard_deviations_of_what_the_codec_delivers(codec):
+    """The steps' own noise, as it arrives at an accumulator, is one standard error."""
+    torch.manual_seed(0)
+    m, n, tokens = 96, 128, 64
+    layer = MultiBooleanLinear(n, m, 1, bias=False)
+    layer.planes[0].data = pack_signs(torch.randn(m, n))
+    config = BooleanOptimizerConfig(step_size=0.2, max_step=1.0, accumulator="fp32")
+    optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(codec=codec), Communicator(), 10**6, 1, seed=0)
+    optimizer.store = store_of(optimizer)
+    for _ in range(30):
+        layer(torch.randn(tokens, n)).backward(torch.randn(tokens, m) / tokens)
+        optimizer.finish_micro_batch()
+        optimizer.all_finite(torch.zeros(()))
+        optimizer.step()
+    entry = optimizer.accumulated[0]
+    deviation = entry.accumulator.float().std().item() / optimizer.format.threshold
+    assert deviation == pytest.approx(0.2, rel=0.12)
 
 
 def test_layers_without_a_chosen_plane_only_measure_curvature():
