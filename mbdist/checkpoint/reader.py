@@ -1,0 +1,106 @@
+"""Reading a checkpoint, whoever wrote it: by name and range of elements."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mbdist.errors import UserError
+
+FORMAT = 1
+STATE, COMPLETE = "state.json", "complete"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, oldest first. A folder that was not written to its end does not count."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted((path for path in found if (path / COMPLETE).is_file()), key=lambda path: int(path.name[5:]))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The one to resume from, if there is any."""
+    found = complete_checkpoints(folder)
+    return found[-1] if found else None
+
+
+class Checkpoint:
+    """An opened checkpoint. Raises UserError where it is not whole, was altered, or is of another format."""
+
+    def __init__(self, folder: Path, verify: bool = True):
+        """``verify``: hash every shard; enough that one rank does."""
+        self.folder = folder
+        if not (folder / COMPLETE).is_file():
+            raise UserError(f"{folder} is no complete checkpoint: it has no file named {COMPLETE}")
+        try:
+            self.state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._damaged(STATE, error) from error
+        if self.state.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} is a checkpoint of format {self.state.get('format')}, and this version of mbdist reads "
+                f"format {FORMAT}: resume with the version that wrote it"
+            )
+        self._shards = []
+        self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)  # name: (first element, shard, key)
+        for number, note in enumerate(self.state["shards"]):
+            self._open(number, note, verify)
+
+    def _open(self, number: int, note: dict, verify: bool) -> None:
+        path = self.folder / note["file"]
+        try:
+            if path.stat().st_size != note["bytes"]:
+                raise ValueError(f"it has {path.stat().st_size} bytes, {note['bytes']} were written")
+            if verify:
+                with path.open("rb") as content:
+                    if hashlib.file_digest(content, "sha256").hexdigest() != note["sha256"]:
+                        raise ValueError("its content is not what was written")
+            shard = safe_open(path, framework="pt")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise self._damaged(note["file"], error) from error
+        self._shards.append(shard)
+        for key in shard.keys():  # noqa: SIM118  (a method of safetensors, not a dict)
+            name, first = key.rsplit("@", 1)
+            self._pieces[name].append((int(first), number, key))
+
+    def _damaged(self, file: str, error: Exception) -> UserError:
+        return UserError(
+            f"the checkpoint {self.folder} is damaged: {file}: {error}. Remove the folder to resume from the one before, "
+            "or set checkpoint.resume to another"
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that had been taken."""
+        return self.state["step"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    def pieces(self, name: str) -> list[torch.Tensor]:
+        """All ranges of a tensor, by their first element."""
+        return [self._shards[number].get_tensor(key) for _, number, key in sorted(self._pieces.get(name, []))]
+
+    def read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Elements [first, first + count) of a flat tensor. Raises UserError where they were not saved."""
+        parts, reached, end = [], first, first + count
+        for start, number, key in sorted(self._pieces.get(name, [])):
+            piece = self._shards[number].get_slice(key)
+            stop = start + piece.get_shape()[0]
+            if start <= reached < stop:
+                parts.append(piece[reached - start : min(end, stop) - start])
+                reached = min(end, stop)
+            if reached == end:
+                break
+        if reached < end:
+            raise UserError(f"the checkpoint {self.folder} has no elements {reached} to {end} of {name}")
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def whole(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the shape of ``like``."""
+        return self.read(name, 0, like.numel()).view(like.shape)

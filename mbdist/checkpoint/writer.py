@@ -1,0 +1,172 @@
+"""Writing a checkpoint while training goes on.
+
+    checkpoints/step_40/state.json            what all ranks share, and the size and digest of every shard
+    checkpoints/step_40/shard_0.safetensors   pieces of tensors: "<name>@<first element>", flat
+    checkpoints/step_40/complete              the last thing that is written
+
+A tensor is stored under its logical name with its unsharded coordinates, cut into ranges wherever its owners' parts
+end, so that any number of ranks can read it. Every rank snapshots its pieces, and a thread writes them into
+``step_40.tmp-<attempt>``; the thread of rank 0 sees by files when all shards are there, and renames the folder. No
+collective runs beside training, and nobody reads a folder without ``complete``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints
+from mbdist.config.schema import CheckpointConfig
+
+_PARTIAL = ".tmp-"
+_SHARDS_TIMEOUT_S = 600
+_POLL_S = 0.05
+
+
+class Piece(NamedTuple):
+    """A range of a tensor."""
+
+    name: str
+    first: int  # element of the flat whole tensor
+    values: torch.Tensor
+
+
+class CheckpointWriter:
+    """One rank's part in every checkpoint of a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        rank: int,
+        world_size: int,
+        attempt: str,  # the same on all ranks, another one after every restart
+        report: Callable[..., None],  # takes an event and its values, as ``MetricsWriter.write`` does
+    ):
+        self.folder = folder
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self._attempt = attempt
+        self._report = report
+        self._thread: threading.Thread | None = None
+        self._last_s = time.monotonic()
+        self._last_bytes = 0  # of one rank
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"step_*{_PARTIAL}*"):  # by an attempt that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after so many steps, as rank 0 sees it: it tells the others."""
+        by_steps = self.config.every_steps is not None and step > 0 and step % self.config.every_steps == 0
+        waited_s = time.monotonic() - self._last_s
+        by_time = self.config.every_minutes is not None and waited_s >= 60 * self.config.every_minutes
+        if not (by_steps or by_time):
+            return False
+        free, wanted = shutil.disk_usage(self.folder).free, self._last_bytes * self.world_size
+        if free < wanted:
+            self._last_s = time.monotonic()
+            self._failed(step, f"{free / 1e9:.2f} GB are free in {self.folder}, about {wanted / 1e9:.2f} GB are needed")
+            return False
+        return True
+
+    def save(self, step: int, pieces: list[Piece], state: dict, wait: bool = False) -> None:
+        """Write the state after ``step`` steps: snapshot now, files later. ``state``: JSON, the same on all ranks."""
+        started = time.monotonic()
+        self.wait()
+        tensors = {f"{name}@{first}": _snapshot(values) for name, first, values in pieces}
+        self._last_s = time.monotonic()
+        self._last_bytes = sum(values.nbytes for values in tensors.values())
+        blocked_s = time.monotonic() - started
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, state, blocked_s), daemon=False)
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _failed(self, step: int, why: str) -> None:
+        self._report("checkpoint_failed", step=step, why=f"{why}; the run goes on, the checkpoint before it stays")
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict, blocked_s: float) -> None:
+        started = time.monotonic()
+        final = self.folder / f"step_{step}"
+        partial = final.with_name(f"{final.name}{_PARTIAL}{self._attempt}")
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            shard = partial / f"shard_{self.rank}.safetensors"
+            save_file(tensors, shard)
+            _fsync(shard)
+            note = {"file": shard.name, "bytes": shard.stat().st_size, "sha256": digest_of(shard)}
+            _write_json(partial / f"shard_{self.rank}.json", note)
+            if self.rank == 0:
+                self._publish(partial, final, state)
+                seconds = {"seconds": round(time.monotonic() - started, 3), "blocked_s": round(blocked_s, 3)}
+                self._report("checkpoint", step=step, folder=str(final), **seconds)
+        except Exception as error:  # a full disk above all, in a class of safetensors' own: the run must go on
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                self._failed(step, f"cannot write {final}: {error}")
+
+    def _publish(self, partial: Path, final: Path, state: dict) -> None:
+        notes = [partial / f"shard_{rank}.json" for rank in range(self.world_size)]
+        deadline = time.monotonic() + _SHARDS_TIMEOUT_S
+        while not all(note.exists() for note in notes):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all workers wrote their shards in {_SHARDS_TIMEOUT_S} s")
+            time.sleep(_POLL_S)
+        shards = [json.loads(note.read_text()) for note in notes]
+        _write_json(partial / STATE, {"format": FORMAT, "shards": shards, **state})
+        for note in notes:
+            note.unlink()
+        if final.exists():  # of an attempt that got further, before it was lost
+            shutil.rmtree(final)
+        partial.rename(final)
+        _fsync(final.parent)
+        (final / COMPLETE).touch()
+        _fsync(final)
+        for old in complete_checkpoints(final.parent)[: -self.config.keep_last]:
+            (old / COMPLETE).unlink()  # first: what is half deleted is not complete
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _snapshot(values: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU that training does not reach."""
+    flat = values.detach().reshape(-1)
+    return flat.clone() if flat.device.type == "cpu" else flat.cpu()
+
+
+def digest_of(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(value), encoding="utf-8")
+    _fsync(beside)
+    beside.rename(path)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
