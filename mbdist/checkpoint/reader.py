@@ -29,6 +29,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 class Checkpoint:
     """An opened checkpoint. Raises UserError where it is not whole, was altered, or is of another format."""
 
@@ -56,10 +62,8 @@ class Checkpoint:
         try:
             if path.stat().st_size != note["bytes"]:
                 raise ValueError(f"it has {path.stat().st_size} bytes, {note['bytes']} were written")
-            if verify:
-                with path.open("rb") as content:
-                    if hashlib.file_digest(content, "sha256").hexdigest() != note["sha256"]:
-                        raise ValueError("its content is not what was written")
+            if verify and digest_of(path) != note["sha256"]:
+                raise ValueError("its content is not what was written")
             shard = safe_open(path, framework="pt")
         except (OSError, ValueError, SafetensorError) as error:
             raise self._damaged(note["file"], error) from error

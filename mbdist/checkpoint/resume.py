@@ -18,7 +18,7 @@ _FIXED = {
 }
 
 
-def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> dict[str, str]:
+def check_resumable(checkpoint: Checkpoint, config: RunConfig, prepared: str) -> dict[str, str]:
     """Settings that the resumed run has changed, {key: "old -> new"}. Raises UserError for one that it may not."""
     before, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
     changed = {
@@ -32,6 +32,11 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> dict[str, str]
             f"the checkpoint {checkpoint.folder} is of a run with other settings:\n  "
             + "\n  ".join(forbidden)
             + "\nSet them back, or start anew: another run_dir, or checkpoint.resume=none (which removes the checkpoints)"
+        )
+    if checkpoint.state["prepared"] != prepared:
+        raise UserError(
+            f"the files of the model {config.model.path} are not those that {checkpoint.folder} was made with: put them "
+            "back, or start anew with checkpoint.resume=none"
         )
     return changed
 

@@ -12,7 +12,6 @@ collective runs beside training, and nobody reads a folder without ``complete``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints
+from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of
 from mbdist.config.schema import CheckpointConfig
 
 _PARTIAL = ".tmp-"
@@ -149,11 +148,6 @@ def _snapshot(values: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU that training does not reach."""
     flat = values.detach().reshape(-1)
     return flat.clone() if flat.device.type == "cpu" else flat.cpu()
-
-
-def digest_of(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, train, tune
-from mbdist.errors import RunError, UserError
+from mbdist.errors import Interrupted, RunError, UserError
 
 _USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -51,6 +51,9 @@ def main() -> None:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

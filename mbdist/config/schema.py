@@ -279,6 +279,19 @@ class CommConfig(_Section):
         return self.node_size if isinstance(self.node_size, int) and 1 < self.node_size < workers else None
 
 
+class CheckpointConfig(_Section):
+    every_steps: PositiveInt | None = None
+    """Save the run's state after every so many steps; null: by time alone."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 30
+    """Save it when so much time has passed; null: by steps alone. A run that is told to stop saves too."""
+    keep_last: PositiveInt = 2
+    """How many checkpoints stay in `run_dir/checkpoints`."""
+    resume: str = "auto"
+    """`auto`: go on from the last checkpoint of an unfinished run in `run_dir`, where there is one; a finished run
+    starts anew. `none`: start anew, which removes the folder's checkpoints. Or the folder of a checkpoint. The number of
+    workers, the ZeRO stage and the micro-batch may be others than before."""
+
+
 class ClusterConfig(_Section):
     workers: PositiveInt = 1
     """Data-parallel workers. One GPU each where there are GPUs."""
@@ -315,6 +328,8 @@ class RunConfig(_Section):
     """Communication of the Boolean signal."""
     cluster: ClusterConfig = ClusterConfig()
     """Workers and sharding."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming the state of a run."""
     sample_prompt: str | None = "The"
     """Text that the finished model continues, as a sign of life in the summary; null for none."""
 

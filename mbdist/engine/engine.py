@@ -11,11 +11,13 @@ import torch
 from deepspeed.comm.comm import comms_logger
 from torch import nn
 
+from mbdist.checkpoint import Checkpoint, Piece
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
+from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments
 from mbdist.engine.zero3 import PartitionedPlanes, keep_between_steps, keep_resident
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
@@ -127,6 +129,38 @@ class Engine:
         for name, buffer in self.engine.module.named_buffers():
             if name in persistent:
                 yield name, buffer.detach().cpu().clone() if self.communicator.rank == 0 else None
+
+    def state_pieces(self) -> Iterator[Piece]:
+        """This rank's share of the trained floats and their moments, whole tensors each. All ranks iterate."""
+        parameters = ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
+        for number, (name, parameter) in enumerate(parameters):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                values = {"value": parameter.detach().clone()}
+            if self.optimizer_steps:
+                values |= {key: full_moment(self.optimizer, parameter, key) for key in MOMENTS}
+            if number % self.communicator.world_size == self.communicator.rank:
+                for key, value in values.items():
+                    yield Piece(f"float/{name}/{key}", 0, value)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that AdamW has taken."""
+        return optimizer_steps(self.optimizer)
+
+    def shared_state(self) -> dict:
+        """What all ranks have alike, as JSON."""
+        return {"schedule": self._schedule.last_epoch, "optimizer_steps": self.optimizer_steps}
+
+    def load_state(self, shared: dict, saved: Checkpoint) -> None:
+        """Restore the schedule and the moments; the floats themselves the model has by now."""
+        self._schedule.last_epoch = shared["schedule"]
+        factor = self._schedule.lr_lambdas[0](self._schedule.last_epoch)
+        for group, base in zip(self.optimizer.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = base * factor
+        self._schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if shared["optimizer_steps"]:
+            parameters = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+            restore_moments(self.engine, self.optimizer, parameters, shared["optimizer_steps"], saved)
 
     def close(self) -> None:
         self.engine.destroy()

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mbdist.checkpoint import Checkpoint, Piece
 from mbdist.comm.agreement import agree
 from mbdist.comm.codecs import CODECS, Segments, SplitColumns
 from mbdist.comm.communicator import Communicator
@@ -57,6 +58,7 @@ from mbdist_kernels import (
 # Contribution numbers that no micro-batch has, for random bits of other uses.
 _LOTTERY = 1 << 32
 _CODEC = 1 << 33
+_NONE = torch.empty(0, dtype=torch.int64)
 _RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
 
 
@@ -95,6 +97,11 @@ class FlipReport:
 
     def total(self) -> int:
         return sum(self.flips.values())
+
+
+def plane_name(layer: str, k: int) -> str:
+    """As the model names the parameter."""
+    return f"{layer}.plane_{k}"
 
 
 def adapted(step_size: float, crowding: float, most: float) -> float:
@@ -394,7 +401,7 @@ class BooleanOptimizer:
     @property
     def plane_names(self) -> list[str]:
         """Every plane, in the order of the plane store."""
-        return [f"{name}.plane_{k}" for name, layer in self.layers.items() for k in range(layer.num_planes)]
+        return [plane_name(name, k) for name, layer in self.layers.items() for k in range(layer.num_planes)]
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank keeps between steps, by category."""
@@ -419,42 +426,64 @@ class BooleanOptimizer:
             found[entry.name] = [*quantiles, saturated]
         return found
 
-    def state_dict(self) -> dict:
-        """This rank's state: owned accumulators by name with the words they cover, and what all ranks share."""
+    def state_pieces(self) -> list[Piece]:
+        """What this rank alone has: its parts of accumulators and planes, in coordinates of the whole matrices."""
         rank = self.communicator.rank
+        pieces = []
+        for entry in self.accumulated:
+            words = entry.partition.words_owned(rank)
+            first = self._first_element(entry)
+            pieces.append(Piece(f"accumulator/{entry.name}", first, entry.accumulator[: words * WORD_BITS]))
+            for k in entry.planes:
+                owned = self.store.owned_words(entry.matrix, k)[:words]
+                name = f"plane/{plane_name(self._name_of(entry), k)}"
+                pieces.append(Piece(name, entry.partition.first_word(rank), owned))
+            ages = torch.cat([torch.full_like(flipped, age) for age, flipped in enumerate(entry.recent)] or [_NONE])
+            elements = torch.cat(list(entry.recent) or [_NONE])
+            flips = torch.stack([elements.long() + first, ages.long()], dim=1)
+            pieces.append(Piece(f"recent/{entry.name}", 2 * first, flips))
+        if rank == 0:
+            pieces.append(Piece("curvature", 0, self.curvature.smoothed))
+        return pieces
+
+    def shared_state(self) -> dict:
+        """What all ranks have alike, as JSON."""
         return {
             "step": self.step_count,
             "curvature_steps": self.curvature.steps,
-            "curvature": self.curvature.smoothed.clone(),
             "tokens": self.curvature.smoothed_tokens,
             "accumulators": {
                 entry.name: {
-                    "first_word": entry.partition.first_word(rank),
-                    "accumulator": entry.accumulator[: entry.partition.words_owned(rank) * WORD_BITS].clone(),
                     "beta_q15": entry.beta_q15,
                     "step_size": entry.step_size,
-                    "recent": list(entry.recent),
+                    "recent_steps": len(entry.recent),
                 }
                 for entry in self.accumulated
             },
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what ``state_dict`` of the same rank and world size gave. Raises ValueError where it does not fit."""
-        mine, theirs = {entry.name for entry in self.accumulated}, set(state["accumulators"])
+    def load_state(self, shared: dict, saved: Checkpoint) -> None:
+        """Restore what ``shared_state`` and ``state_pieces`` of any number of ranks gave, but for the planes, which the
+        model has by now. Raises UserError where it is of another run."""
+        mine, theirs = {entry.name for entry in self.accumulated}, set(shared["accumulators"])
         if mine != theirs:
-            raise ValueError(f"the optimizer state is of other layers: {sorted(mine ^ theirs)[:3]} ...")
-        rank = self.communicator.rank
+            raise UserError(f"{saved.folder} is of other layers or planes: {', '.join(sorted(mine ^ theirs)[:3])} ...")
         for entry in self.accumulated:
-            saved = state["accumulators"][entry.name]
-            elements = entry.partition.words_owned(rank) * WORD_BITS
-            if saved["first_word"] != entry.partition.first_word(rank) or saved["accumulator"].numel() != elements:
-                raise ValueError(f"the accumulator of {entry.name} was saved by another rank or world size")
-            entry.accumulator[:elements].copy_(saved["accumulator"])
-            entry.beta_q15, entry.step_size = saved["beta_q15"], saved["step_size"]
+            of_entry = shared["accumulators"][entry.name]
+            first = self._first_element(entry)
+            count = entry.partition.words_owned(self.communicator.rank) * WORD_BITS
+            entry.accumulator[:count].copy_(saved.read(f"accumulator/{entry.name}", first, count))
+            entry.beta_q15, entry.step_size = of_entry["beta_q15"], of_entry["step_size"]
+            flips = torch.cat([piece.view(-1, 2) for piece in saved.pieces(f"recent/{entry.name}")])
+            mine_of_flips = flips[(flips[:, 0] >= first) & (flips[:, 0] < first + count)]
             entry.recent.clear()
-            entry.recent.extend(flipped.to(entry.accumulator.device) for flipped in saved["recent"])
-        self.curvature.smoothed.copy_(state["curvature"])
-        self.curvature.steps = state["curvature_steps"]
-        self.curvature.smoothed_tokens = state["tokens"]
-        self.step_count = state["step"]
+            for age in range(of_entry["recent_steps"]):
+                elements = mine_of_flips[mine_of_flips[:, 1] == age, 0] - first
+                entry.recent.append(elements.to(entry.accumulator.device))
+        self.curvature.smoothed.copy_(saved.whole("curvature", self.curvature.smoothed))
+        self.curvature.steps = shared["curvature_steps"]
+        self.curvature.smoothed_tokens = shared["tokens"]
+        self.step_count = shared["step"]
+
+    def _name_of(self, entry: Accumulated) -> str:
+        return list(self.layers)[entry.matrix]

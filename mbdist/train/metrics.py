@@ -12,7 +12,7 @@ class MetricsWriter:
     """Appends events; every line is flushed, so a reader sees it at once."""
 
     def __init__(self, path: Path, active: bool = True):
-        self._file = path.open("w", encoding="utf-8") if active else None
+        self._file = path.open("a", encoding="utf-8") if active else None
 
     def write(self, event: str, **values) -> None:
         if self._file is not None:

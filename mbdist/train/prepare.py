@@ -59,7 +59,7 @@ def teacher_source(config: RunConfig) -> ModelConfig | None:
 def prepare(config: RunConfig, metrics: MetricsWriter, optimizer: OptimizerOfBits = BooleanOptimizer) -> None:
     """Tokenise and convert, unless an earlier run with the same settings did."""
     teacher_source(config)  # a contradiction here is better found before the work than after
-    marker, key = Path(config.run_dir) / "prepared.json", _key(config)
+    marker, key = Path(config.run_dir) / "prepared.json", preparation_key(config)
     if _is_prepared(config, key):
         _check_length(config, json.loads(marker.read_text())["train_windows"])
         metrics.write("prepared", reused=True)
@@ -86,7 +86,7 @@ def _check_length(config: RunConfig, train_windows: int) -> None:
 
 def wait_until_prepared(config: RunConfig) -> None:
     """For ranks other than 0. If rank 0 fails, whoever started the ranks ends them all."""
-    key = _key(config)
+    key = preparation_key(config)
     while not _is_prepared(config, key):
         time.sleep(0.2)
 
@@ -120,7 +120,7 @@ def _convert(
     )
 
 
-def _key(config: RunConfig) -> str:
+def preparation_key(config: RunConfig) -> str:
     """Identifies the settings that preparation depends on, and the files of a local model."""
     folder = Path(resolve_path(config.model.path))
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.*"))

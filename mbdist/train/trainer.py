@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.metadata
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from mbdist.checkpoint import Checkpoint, CheckpointWriter, check_resumable
 from mbdist.comm.agreement import agree
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, Batches, load_corpus
 from mbdist.engine import Engine
-from mbdist.errors import UserError
+from mbdist.errors import Interrupted, UserError
 from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import bits_per_weight, boolean_layers, is_scale
 from mbdist.model.loading import load_model, load_tokenizer
@@ -27,7 +29,9 @@ from mbdist.train.environment import all_cores, compute_dtype, node_size, set_up
 from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
-from mbdist.train.prepare import prepare, student_source, teacher_source, wait_until_prepared
+from mbdist.train.prepare import preparation_key, prepare, student_source, teacher_source, wait_until_prepared
+from mbdist.train.run_folder import checkpoint_folder, starting_checkpoint
+from mbdist.train.stop_signals import StopSignals
 from mbdist_kernels import fold_key
 
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
@@ -43,9 +47,12 @@ def run_worker(config: RunConfig) -> None:
             prepare(config, metrics)
     else:
         wait_until_prepared(config)
-    trainer = Trainer(config, device, communicator, metrics)
-    trainer.evaluate("float")
-    trainer.evaluate("converted")
+    found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
+    saved = Checkpoint(found, verify=communicator.rank == 0) if found is not None else None
+    trainer = Trainer(config, device, communicator, metrics, saved=saved)
+    if saved is None:
+        trainer.evaluate("float")
+        trainer.evaluate("converted")
     if config.train.steps:
         trainer.train()
         trainer.evaluate("finetuned")
@@ -73,6 +80,17 @@ def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: to
         raise UserError(f"floats.also_train: no parameter matches {', '.join(sorted(unused))}; there are {names[:400]}")
 
 
+@torch.no_grad()
+def load_parameters(saved: Checkpoint, student: PreTrainedModel) -> None:
+    """The planes and trained floats of a checkpoint, into a student that is not sharded yet."""
+    for name, parameter in student.named_parameters():
+        key = f"plane/{name}" if parameter.dtype == torch.int32 else f"float/{name}/value"
+        if key in saved:
+            parameter.copy_(saved.whole(key, parameter))
+        elif parameter.requires_grad:
+            raise UserError(f"{saved.folder} does not have {name}, which trains in this run")
+
+
 class Trainer:
     """Student, teacher, data and both optimizers of one worker."""
 
@@ -83,6 +101,7 @@ class Trainer:
         communicator: Communicator,
         metrics: MetricsWriter,
         optimizer: OptimizerOfBits = BooleanOptimizer,
+        saved: Checkpoint | None = None,  # to go on from
     ):
         self.config = config
         self.device = device
@@ -105,6 +124,9 @@ class Trainer:
         self.bits_per_weight = bits_per_weight(student)
         self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
         choose_trained_floats(student, config.floats.also_train, self.dtype)
+        if saved is not None:
+            changed = check_resumable(saved, config, preparation_key(config))
+            load_parameters(saved, student)
         student.to(device)
         if config.train.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,7 +142,22 @@ class Trainer:
             gradient_scale=communicator.world_size,
         )
         self.engine = Engine(student, self.boolean, config, communicator)
+        self.first_step = 0
+        attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "agreement")[0]
+        self.writer = CheckpointWriter(
+            checkpoint_folder(config),
+            config.checkpoint,
+            communicator.rank,
+            communicator.world_size,
+            attempt,
+            metrics.write,
+        )
         self._say_what_was_decided()
+        if saved is not None:
+            self.boolean.load_state(saved.state["boolean"], saved)
+            self.engine.load_state(saved.state["engine"], saved)
+            self.first_step = saved.step
+            metrics.write("resumed", step=saved.step, folder=str(saved.folder), changed=changed)
 
     def _agree(self, student: PreTrainedModel) -> None:
         """Stop here, and not in a collective that never ends, where workers would compute different things."""
@@ -202,8 +239,16 @@ class Trainer:
     def train(self) -> None:
         self.engine.module.train()
         skipped = 0
-        for step in range(self.config.train.steps):
+        stopping = StopSignals()
+        for step in range(self.first_step, self.config.train.steps):
             started = time.perf_counter()
+            due = torch.tensor([stopping.seen, self.communicator.rank == 0 and self.writer.is_due(step)])
+            stop, save = self.communicator.all_reduce_sum(due.to(torch.int32).to(self.device), "statistics").tolist()
+            if (save or stop) and step > self.first_step:
+                self.checkpoint(step, wait=bool(stop))
+            if stop:
+                self.writer.wait()
+                raise Interrupted(step)
             report, losses = self.step(step)
             skipped = 0 if report else skipped + 1
             self._log_step(step, report, losses, time.perf_counter() - started)
@@ -215,6 +260,18 @@ class Trainer:
             every = self.config.train.check_planes_every
             if every and (step + 1) % every == 0:
                 self._check_replicas(step)
+        self.writer.wait()
+
+    def checkpoint(self, step: int, wait: bool = False) -> None:
+        """Save the state after ``step`` steps; all ranks call it together, between steps."""
+        state = {
+            "step": step,
+            "config": self.config.model_dump(mode="json"),
+            "prepared": preparation_key(self.config),
+            "boolean": self.boolean.shared_state(),
+            "engine": self.engine.shared_state(),
+        }
+        self.writer.save(step, [*self.boolean.state_pieces(), *self.engine.state_pieces()], state, wait)
 
     def step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
         """One optimizer step: (report, or None where it was skipped; mean loss, kl, cross-entropy, and targets)."""

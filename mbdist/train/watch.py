@@ -24,6 +24,9 @@ _SAYS = {
     "tokenized": "data: {train_windows} training windows, {eval_windows} held out",
     "start": "{world_size} worker(s) on {device}, ZeRO stage {zero_stage}, {precision}, micro-batch {micro_batch} x "
     "{accumulation}, signal as {codec}, {trained_weights:,} trained weights",
+    "resumed": "resumed after step {step} from {folder}",
+    "checkpoint": "checkpoint after step {step} in {seconds:.1f} s",
+    "checkpoint_failed": "WARNING: no checkpoint after step {step}: {why}",
     "eval": "perplexity, {name}: {perplexity:,.2f}",
     "saved": "saved {folder}",
 }
@@ -39,6 +42,7 @@ class RunWatcher:
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._progress: Progress | None = None
         self._steps = 0
+        self._position = metrics.stat().st_size if metrics.exists() else 0  # what a resumed run logged before is known
 
     def __enter__(self) -> RunWatcher:
         self._thread.start()
@@ -50,7 +54,7 @@ class RunWatcher:
         self._stop_bar()
 
     def _follow(self) -> None:
-        position, rest = 0, ""
+        position, rest = self._position, ""
         while True:
             last_round = self._done.is_set()
             if self.metrics.exists():
