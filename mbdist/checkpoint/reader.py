@@ -74,8 +74,8 @@ class Checkpoint:
 
     def _damaged(self, file: str, error: Exception) -> UserError:
         return UserError(
-            f"the checkpoint {self.folder} is damaged: {file}: {error}. Remove the folder to resume from the one before, "
-            "or set checkpoint.resume to another"
+            f"the checkpoint {self.folder} is damaged: {file}: {error}. Remove the folder to resume from the one "
+            "before, or set checkpoint.resume to another"
         )
 
     @property

@@ -31,12 +31,12 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, prepared: str) ->
         raise UserError(
             f"the checkpoint {checkpoint.folder} is of a run with other settings:\n  "
             + "\n  ".join(forbidden)
-            + "\nSet them back, or start anew: another run_dir, or checkpoint.resume=none (which removes the checkpoints)"
+            + "\nSet them back, or start anew: another run_dir, or checkpoint.resume=none (removes the checkpoints)"
         )
     if checkpoint.state["prepared"] != prepared:
         raise UserError(
-            f"the files of the model {config.model.path} are not those that {checkpoint.folder} was made with: put them "
-            "back, or start anew with checkpoint.resume=none"
+            f"the files of the model {config.model.path} are not those that {checkpoint.folder} was made with: put "
+            "them back, or start anew with checkpoint.resume=none"
         )
     return changed
 

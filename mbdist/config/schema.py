@@ -288,8 +288,8 @@ class CheckpointConfig(_Section):
     """How many checkpoints stay in `run_dir/checkpoints`."""
     resume: str = "auto"
     """`auto`: go on from the last checkpoint of an unfinished run in `run_dir`, where there is one; a finished run
-    starts anew. `none`: start anew, which removes the folder's checkpoints. Or the folder of a checkpoint. The number of
-    workers, the ZeRO stage and the micro-batch may be others than before."""
+    starts anew. `none`: start anew, which removes the folder's checkpoints. Or the folder of a checkpoint. The number
+    of workers, the ZeRO stage and the micro-batch may be others than before."""
 
 
 class ClusterConfig(_Section):

@@ -22,8 +22,8 @@ def finish_run(config: RunConfig, started: float) -> dict:
     """
     run_dir = Path(config.run_dir)
     records = list(read_metrics(run_dir / "metrics.jsonl"))
-    start = next(record for record in records if record["event"] == "start")
-    saved = next(record for record in records if record["event"] == "saved")
+    start = [record for record in records if record["event"] == "start"][-1]  # of a run that was resumed, the last
+    saved = [record for record in records if record["event"] == "saved"][-1]
     reloaded = _reload(saved["folder"], config.sample_prompt, config.model.trust_remote_code)
     summary = {
         "model": config.model.path,

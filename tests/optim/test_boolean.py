@@ -1,6 +1,7 @@
 """The Boolean optimizer against an oracle in one process, and the same bits for every sharding of the same signals."""
 
 import datetime
+import itertools
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mbdist.checkpoint import Checkpoint, CheckpointWriter
 from mbdist.comm.codecs import CODECS
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
-from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.config.schema import BooleanOptimizerConfig, CheckpointConfig, CommConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
@@ -51,7 +53,8 @@ def store_of(optimizer):
     return ReplicatedPlanes(planes, optimizer.partitions, optimizer.communicator)
 
 
-def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
+def run(communicator, config, codec="fp32", steps=STEPS, save=None, resume=None):
+    """``save``: a folder, for the state after step 1, where the run ends. ``resume``: goes on from it."""
     layers = make_layers()
     ranks = communicator.world_size
     optimizer = BooleanOptimizer(
@@ -64,16 +67,21 @@ def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
         seed=3,
     )
     optimizer.store = store_of(optimizer)
-    flips = []
-    for step in range(steps):
-        if state_at is not None and step == state_at:
-            saved = optimizer.state_dict()
-            for entry in optimizer.accumulated:
-                entry.accumulator.fill_(9)
-                entry.recent.clear()
-            optimizer.curvature.smoothed.fill_(-1)
-            optimizer.step_count = 0
-            optimizer.load_state_dict(saved)
+    flips, first = [], 0
+    if resume is not None:
+        saved = Checkpoint(resume)
+        first = saved.step
+        for (name, layer), k in itertools.product(layers.items(), range(2)):
+            if f"plane/{name}.plane_{k}" in saved:
+                layer.planes[k].data.copy_(saved.whole(f"plane/{name}.plane_{k}", layer.planes[k]))
+        for entry in optimizer.accumulated:
+            entry.accumulator.fill_(9)
+        optimizer.load_state(saved.state["boolean"], saved)
+    for step in range(first, steps):
+        if save is not None and step == 2:
+            writer = CheckpointWriter(save, CheckpointConfig(), communicator.rank, ranks, "a", lambda *_, **__: None)
+            writer.save(step, optimizer.state_pieces(), {"step": step, "boolean": optimizer.shared_state()}, wait=True)
+            break
         for a in range(CONTRIBUTIONS // ranks):
             for name, layer in layers.items():
                 x, grad_y = inputs_of(name, step, a * ranks + communicator.rank)
@@ -85,7 +93,7 @@ def run(communicator, config, codec="fp32", steps=STEPS, state_at=None):
     return {name: torch.stack(list(layer.planes)) for name, layer in layers.items()}, flips
 
 
-def _rank_main(rank, world_size, folder, config, codec):
+def _rank_main(rank, world_size, folder, config, codec, files):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -94,15 +102,15 @@ def _rank_main(rank, world_size, folder, config, codec):
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
-    result = run(Communicator(60), config, codec)
+    result = run(Communicator(60), config, codec, **files)
     torch.save(result, f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_on_ranks(world_size, folder, config, codec="fp32"):
+def run_on_ranks(world_size, folder, config, codec="fp32", **files):
     folder = Path(folder) / f"{world_size}_{codec}"
     folder.mkdir()
-    mp.spawn(_rank_main, (world_size, str(folder), config, codec), nprocs=world_size)
+    mp.spawn(_rank_main, (world_size, str(folder), config, codec, files), nprocs=world_size)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
 
 
@@ -206,11 +214,18 @@ def test_no_step_flips_more_than_the_cap(planes):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_state_dict_restores_a_run_exactly(mode):
-    expected, _ = run(Communicator(), MODES[mode])
-    resumed, _ = run(Communicator(), MODES[mode], state_at=2)
-    for name in SHAPES:
-        assert torch.equal(expected[name], resumed[name])
+@pytest.mark.parametrize(("ranks", "then"), [(1, 1), (3, 2)])
+def test_a_checkpoint_restores_a_run_exactly_on_any_number_of_ranks(tmp_path, mode, ranks, then):
+    expected, flips = run(Communicator(), MODES[mode])
+    for number, files in ((ranks, {"save": tmp_path / "saved"}), (then, {"resume": tmp_path / "saved/step_2"})):
+        if number == 1:
+            found = [run(Communicator(), MODES[mode], **files)]
+        else:
+            found = run_on_ranks(number, tmp_path, MODES[mode], **files)
+    for planes, resumed_flips in found:
+        assert resumed_flips == flips[2:]
+        for name in SHAPES:
+            assert torch.equal(expected[name], planes[name])
 
 
 def test_first_curvature_step_only_measures():
@@ -280,13 +295,16 @@ def test_a_signal_that_is_not_finite_is_seen_and_changes_nothing():
         assert torch.equal(layer.planes[1].data, before[name])
 
 
-def test_state_of_another_run_is_refused():
+def test_state_of_another_run_is_refused(tmp_path):
     layers = make_layers()
     optimizer = BooleanOptimizer(layers, RAW, CommConfig(codec="fp32"), Communicator(), 10, 1, seed=0)
-    state = optimizer.state_dict()
+    state = optimizer.shared_state()
     state["accumulators"]["other"] = state["accumulators"].pop("a.plane_1")
-    with pytest.raises(ValueError, match="other layers"):
-        optimizer.load_state_dict(state)
+    optimizer.store = store_of(optimizer)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), 0, 1, "a", lambda *_, **__: None)
+    writer.save(2, optimizer.state_pieces(), {"step": 2}, wait=True)
+    with pytest.raises(UserError, match="other layers"):
+        optimizer.load_state(state, Checkpoint(tmp_path / "step_2"))
 
 
 def test_the_step_size_keeps_a_few_candidates_for_every_move():
