@@ -14,6 +14,7 @@ class Interrupted(Exception):
 
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step} as asked; the same command goes on from there")
+        self.step = step
 
 
 class ConfigError(UserError):

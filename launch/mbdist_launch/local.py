@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
 
 from mbdist.config import RunConfig
-from mbdist.errors import RunError, UserError
+from mbdist.errors import Interrupted, RunError, UserError
 from mbdist.train.finish import finish_run
 from mbdist.train.run_folder import open_run_folder
+from mbdist.train.stop_signals import on_stop_signals, stop_file
 from mbdist.train.watch import RunWatcher
 from mbdist_launch.ray_here import start_ray_here
 
@@ -23,6 +25,7 @@ def launch_local(config: RunConfig) -> dict:
 
     started = time.time()
     config = open_run_folder(config)
+    _ended(config).unlink(missing_ok=True)
     workers = config.cluster.workers
     cores = len(os.sched_getaffinity(0))
     cpus_per_worker = config.cluster.cpus_per_worker or max(1, cores // workers)
@@ -31,8 +34,10 @@ def launch_local(config: RunConfig) -> dict:
         use_gpus = _use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
         device = config.cluster.model_copy(update={"device": "cuda" if use_gpus else "cpu"})
         trainer = _trainer(config.model_copy(update={"cluster": device}), cpus_per_worker, use_gpus)
+        on_stop_signals(stop_file(config.run_dir).touch)  # after Ray, which has a handler of its own
         with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
             trainer.fit()
+        _raise_ended(config)
     except TrainingFailedError as error:
         raise _cause(error, config) from error
     finally:
@@ -67,7 +72,11 @@ def _trainer(config: RunConfig, cpus_per_worker: int, use_gpu: bool):
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
-        run_config=ray.train.RunConfig(name="train", storage_path=str(Path(config.run_dir) / "ray")),
+        run_config=ray.train.RunConfig(
+            name=f"train-{time.time_ns()}",  # Ray's own notes on an earlier run of this folder are not this run's
+            storage_path=str(Path(config.run_dir) / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_restarts),
+        ),
     )
 
 
@@ -82,19 +91,36 @@ def _worker(settings: dict) -> None:
     pin_accelerator(config)
     from mbdist.train.trainer import run_worker
 
+    if _ended(config).exists():
+        return  # a restart cannot mend what ended the run
     log = Path(config.run_dir) / "logs" / f"rank_{os.environ['RANK']}.log"
-    with log.open("w") as file:
+    with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        run_worker(config)
+        try:
+            run_worker(config)
+        except Interrupted as stopped:
+            _ended(config).write_text(json.dumps({"step": stopped.step}))
+        except UserError as error:
+            _ended(config).write_text(json.dumps({"error": str(error)}))
+            raise
+
+
+def _ended(config: RunConfig) -> Path:
+    """Where workers say why the run ends here, though Ray would start them again."""
+    return Path(config.run_dir) / "logs" / "ended.json"
+
+
+def _raise_ended(config: RunConfig) -> None:
+    if _ended(config).exists():
+        why = json.loads(_ended(config).read_text())
+        raise Interrupted(why["step"]) if "step" in why else UserError(why["error"])
 
 
 def _cause(error: Exception, config: RunConfig) -> Exception:
     """The worker's own exception where it is the user's to mend, else one that says where to look."""
     failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, UserError):
-            return UserError(str(cause))
+    if _ended(config).exists():
+        return UserError(json.loads(_ended(config).read_text())["error"])
     first = next(iter(failures.values()), error)
     return RunError(f"the run failed; the workers' output is in {config.run_dir}/logs\n{first}")

@@ -299,6 +299,8 @@ class ClusterConfig(_Section):
     """DeepSpeed ZeRO stage of the float state; stage 3 partitions the planes too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: GPUs where the machine has them."""
+    max_restarts: Annotated[int, Field(ge=0)] = 20
+    """How often Ray starts the workers again, from the last checkpoint, after one of them was lost."""
     cpus_per_worker: PositiveInt | None = None
     """Cores a worker may use; default: the machine's cores shared evenly."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mbdist.checkpoint import complete_checkpoints, latest_checkpoint
 from mbdist.config import RunConfig, write_config
 from mbdist.errors import UserError
+from mbdist.train.stop_signals import stop_file
 
 _locks: dict[Path, int] = {}  # held until this process ends, however it ends
 
@@ -28,7 +29,10 @@ def open_run_folder(config: RunConfig) -> RunConfig:
         resumes = _settle_checkpoints(config)
         write_config(config, folder / "config.yaml")
         (folder / "summary.json").unlink(missing_ok=True)
+        stop_file(config.run_dir).unlink(missing_ok=True)
         if not resumes:
+            for log in (folder / "logs").iterdir():
+                log.unlink()
             (folder / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to run_dir {folder}: {error.strerror or error}") from None

@@ -1,22 +1,39 @@
-"""A worker that is told to stop (SIGTERM, or SIGUSR1 as SLURM warns of preemption) does so where all workers can."""
+"""A run that is told to stop does so between steps, where all workers can.
+
+Told by SIGTERM, or SIGUSR1 as SLURM warns of preemption: to a worker, or to a launcher, which leaves a file for its
+workers, who may be on other machines.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopSignals:
-    """Remembers that a signal came; the trainer asks between steps."""
+def on_stop_signals(act: Callable[[], None]) -> None:
+    """Have stop signals to this process do this instead of ending it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: act())
 
-    def __init__(self) -> None:
-        self._seen = threading.Event()
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                signal.signal(number, lambda *_: self._seen.set())
+
+def stop_file(run_dir: str) -> Path:
+    """Its presence tells the workers of a run to stop."""
+    return Path(run_dir) / "stop"
+
+
+class StopRequest:
+    """Remembers that this worker was told to stop; the trainer asks between steps."""
+
+    def __init__(self, file: Path | None):  # to look for; None: signals alone
+        self._told = threading.Event()
+        self._file = file
+        on_stop_signals(self._told.set)
 
     @property
     def seen(self) -> bool:
-        return self._seen.is_set()
+        return self._told.is_set() or (self._file is not None and self._file.exists())

@@ -31,7 +31,7 @@ from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import preparation_key, prepare, student_source, teacher_source, wait_until_prepared
 from mbdist.train.run_folder import checkpoint_folder, starting_checkpoint
-from mbdist.train.stop_signals import StopSignals
+from mbdist.train.stop_signals import StopRequest, stop_file
 from mbdist_kernels import fold_key
 
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
@@ -239,7 +239,7 @@ class Trainer:
     def train(self) -> None:
         self.engine.module.train()
         skipped = 0
-        stopping = StopSignals()
+        stopping = StopRequest(stop_file(self.config.run_dir) if self.communicator.rank == 0 else None)
         for step in range(self.first_step, self.config.train.steps):
             started = time.perf_counter()
             due = torch.tensor([stopping.seen, self.communicator.rank == 0 and self.writer.is_due(step)])

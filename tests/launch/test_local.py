@@ -1,11 +1,17 @@
 """Ray starts real DeepSpeed workers."""
 
 import json
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import models
+import psutil
 import pytest
 import yaml
+
+from mbdist.train.metrics import read_metrics
 
 
 def launch(tmp_path, settings, check=True):
@@ -46,3 +52,57 @@ def test_more_workers_than_sequences_is_found_before_anything_starts(tmp_path, l
     done = launch(tmp_path, settings, check=False)
     assert done.returncode == 2 and "use at most 12 workers" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def with_checkpoints(tmp_path, llama_folder, name):
+    return models.run_settings(
+        tmp_path / name,
+        llama_folder,
+        cluster={"workers": 2, "zero_stage": 2},
+        data={"max_eval_windows": 2},
+        train={"steps": 12},
+        floats={"lr": 1e-2},
+        checkpoint={"every_steps": 2},
+    )
+
+
+def start_launch(tmp_path, settings):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    command = ["mbdist", "launch", "local", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+
+
+def wait_for(event, run_dir, process):
+    log = Path(run_dir) / "metrics.jsonl"
+    while not (log.exists() and any(record["event"] == event for record in read_metrics(log))):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+
+
+def train_workers(process):
+    """Ray's processes that train, of this launch."""
+    of_launch = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in of_launch if "TrainWorker" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_a_stopped_launch_goes_on(tmp_path, llama_folder):
+    """Once by Ray, after SIGKILL; once by the user, after SIGTERM to the launcher. The bits are those of a run that
+    nobody disturbed."""
+    launch(tmp_path, with_checkpoints(tmp_path, llama_folder, "whole"))
+    settings = with_checkpoints(tmp_path, llama_folder, "disturbed")
+    process = start_launch(tmp_path, settings)
+    wait_for("checkpoint", settings["run_dir"], process)
+    workers = train_workers(process)
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    wait_for("resumed", settings["run_dir"], process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "the same command goes on from there" in output, output[-3000:]
+    done = launch(tmp_path, settings)
+    assert "resumed after step" in done.stdout
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "disturbed")]
+    assert summaries[0]["planes_sha256"] == summaries[1]["planes_sha256"]
+    assert summaries[0]["perplexity"] == summaries[1]["perplexity"]
