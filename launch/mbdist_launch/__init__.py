@@ -1,6 +1,7 @@
 """Starting the workers of a run or of a conversion. Ray is imported here and nowhere else."""
 
-from mbdist_launch.local import launch_local
+from mbdist_launch.job import Job, JobServer
 from mbdist_launch.spread import spread_over
+from mbdist_launch.workers import launch_local, launch_on_cluster
 
-__all__ = ["launch_local", "spread_over"]
+__all__ = ["Job", "JobServer", "launch_local", "launch_on_cluster", "spread_over"]

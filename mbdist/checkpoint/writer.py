@@ -64,7 +64,8 @@ class CheckpointWriter:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"step_*{_PARTIAL}*"):  # by an attempt that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                if not left.name.endswith(attempt):  # another rank may be ahead
+                    shutil.rmtree(left, ignore_errors=True)
 
     def is_due(self, step: int) -> bool:
         """Whether to save after so many steps, as rank 0 sees it: it tells the others."""

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from mbdist.cli.options import Overrides, RunFile
 
 app = typer.Typer(help="Start the workers of a run.", no_args_is_help=True)
+job_app = typer.Typer(help="Look after a job that `mbdist launch ray` submitted.", no_args_is_help=True)
+
+Address = Annotated[
+    str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Job server of the cluster, such as http://head:8265.")
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `mbdist launch ray` printed it.")]
 
 
 @app.callback()
@@ -23,6 +32,76 @@ def local(run: RunFile, overrides: Overrides = None) -> None:
 
     config = load_config(run, overrides or [])
     print_summary(launch_local(config), config.run_dir)
+
+
+@app.command()
+def cluster(run: RunFile, overrides: Overrides = None) -> None:
+    """Run a config on the Ray cluster that this machine is a part of, or that RAY_ADDRESS names: what a submitted job
+    does.
+
+    Example: `ray job submit --address http://head:8265 --working-dir . -- mbdist launch cluster run.yaml`
+    """
+    from mbdist.config import load_config
+    from mbdist_launch import launch_on_cluster
+
+    config = load_config(run, overrides or [])
+    print_summary(launch_on_cluster(config), config.run_dir)
+
+
+@app.command()
+def ray(
+    run: RunFile,
+    address: Address,
+    overrides: Overrides = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Folder to ship to the cluster. Default: the config alone.")
+    ] = None,
+    max_package_mb: Annotated[float, typer.Option(help="Refuse to ship more than this.")] = 100,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it to itself.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted.")] = False,
+) -> None:
+    """Submit a config as a job of a Ray cluster, show its log and end with its exit code.
+
+    The nodes need mbdist installed; run_dir must be an absolute path on storage that they share.
+
+    Example: `mbdist launch ray run.yaml --address http://head:8265`
+    """
+    from mbdist.config import load_config
+    from mbdist_launch import Job, JobServer
+
+    job = Job(load_config(run, overrides or []), working_dir, max_package_mb)
+    print(job.describe(address))
+    if dry_run:
+        return
+    server = JobServer(address)
+    job_id = server.submit(job)
+    print(f"job {job_id} (mbdist job logs|status|stop {job_id} --address {address})", flush=True)
+    if not detach:
+        raise typer.Exit(server.follow(job_id))
+
+
+@job_app.command()
+def status(job: JobId, address: Address) -> None:
+    """Whether the job runs, and how it ended."""
+    from mbdist_launch import JobServer
+
+    print(JobServer(address).status(job))
+
+
+@job_app.command()
+def logs(job: JobId, address: Address) -> None:
+    """What the job has printed so far."""
+    from mbdist_launch import JobServer
+
+    print(JobServer(address).logs(job), end="")
+
+
+@job_app.command()
+def stop(job: JobId, address: Address) -> None:
+    """Have the run save its state and end; submitted again, it goes on from there."""
+    from mbdist_launch import JobServer
+
+    JobServer(address).stop(job)
 
 
 def print_summary(summary: dict, run_dir: str) -> None:

@@ -29,6 +29,7 @@ app.command("generate")(generate.generate)
 app.command("tune")(tune.tune)
 app.command("env")(env.env)
 app.add_typer(launch.app, name="launch")
+app.add_typer(launch.job_app, name="job")
 app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")
 

@@ -292,6 +292,19 @@ class CheckpointConfig(_Section):
     of workers, the ZeRO stage and the micro-batch may be others than before."""
 
 
+_LAUNCHERS_OWN = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
+    "RAY_ADDRESS",
+}
+
+
 class ClusterConfig(_Section):
     workers: PositiveInt = 1
     """Data-parallel workers. One GPU each where there are GPUs."""
@@ -299,6 +312,12 @@ class ClusterConfig(_Section):
     """DeepSpeed ZeRO stage of the float state; stage 3 partitions the planes too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: GPUs where the machine has them."""
+    placement: Literal["pack", "spread"] = "pack"
+    """On a Ray cluster: workers on few nodes, or on many."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """On a Ray cluster: custom resources that a worker takes, besides its cores and its GPU."""
+    environment: list[str] = []
+    """Names of variables that a submitted job and its workers get from the environment that submits it."""
     max_restarts: Annotated[int, Field(ge=0)] = 20
     """How often Ray starts the workers again, from the last checkpoint, after one of them was lost."""
     cpus_per_worker: PositiveInt | None = None
@@ -363,6 +382,8 @@ class RunConfig(_Section):
                 f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
                 f"(train.micro_batch) on {workers} workers (cluster.workers): {fix}"
             )
+        if owned := sorted(_LAUNCHERS_OWN.intersection(self.cluster.environment)):
+            problems.append(f"cluster.environment: {', '.join(owned)} is set by the launcher: leave it out")
         planes = self.boolean.planes
         if isinstance(planes, list) and len(set(planes)) < len(planes):
             problems.append(f"boolean.planes = {planes} names a plane twice")

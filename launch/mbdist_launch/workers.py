@@ -1,11 +1,13 @@
-"""A run on this machine: Ray Train starts, watches and ends the workers."""
+"""A run on Ray: on this machine, or on a cluster. Ray Train starts, watches and replaces the workers."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mbdist.config import RunConfig
@@ -14,26 +16,52 @@ from mbdist.train.finish import finish_run
 from mbdist.train.run_folder import open_run_folder
 from mbdist.train.stop_signals import on_stop_signals, stop_file
 from mbdist.train.watch import RunWatcher
-from mbdist_launch.ray_here import start_ray_here
+from mbdist_launch.ray_here import QUIET, start_ray_here
 
 
 def launch_local(config: RunConfig) -> dict:
     """Run ``config`` on this machine and return its summary. Raises UserError for a mistake of the user's,
-    RunError (with the workers' own message) for everything else that ends a run."""
+    RunError (with the workers' own message) for everything else that ends a run, Interrupted where it was told to
+    stop and has saved."""
+    cores = len(os.sched_getaffinity(0))
+    cpus = config.cluster.cpus_per_worker or max(1, cores // config.cluster.workers)
+    here = {"cwd": os.getcwd(), "path": sys.path}  # relative paths of a config mean the same to the workers
+    return _run(config, cpus, here, lambda: start_ray_here(num_cpus=max(cores, config.cluster.workers * cpus)))
+
+
+def launch_on_cluster(config: RunConfig) -> dict:
+    """The same on the Ray cluster that this process is a part of, as a submitted job's entry point is, or that
+    RAY_ADDRESS names. ``run_dir`` must be on storage that all nodes share."""
+    import ray
+
+    if not Path(config.run_dir).is_absolute():
+        raise UserError(
+            f"run_dir = {config.run_dir}: on a cluster it must be an absolute path, on storage that all nodes share"
+        )
+
+    def connect() -> None:
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **QUIET)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster here (RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}): {error}") from error
+
+    return _run(config, config.cluster.cpus_per_worker or 1, {}, connect)
+
+
+def _run(config: RunConfig, cpus_per_worker: int, place: dict, connect: Callable[[], None]) -> dict:
     import ray
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     started = time.time()
     config = open_run_folder(config)
     _ended(config).unlink(missing_ok=True)
-    workers = config.cluster.workers
-    cores = len(os.sched_getaffinity(0))
-    cpus_per_worker = config.cluster.cpus_per_worker or max(1, cores // workers)
-    start_ray_here(num_cpus=max(cores, workers * cpus_per_worker))
+    connect()
     try:
         use_gpus = _use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
-        device = config.cluster.model_copy(update={"device": "cuda" if use_gpus else "cpu"})
-        trainer = _trainer(config.model_copy(update={"cluster": device}), cpus_per_worker, use_gpus)
+        device = config.cluster.model_copy(
+            update={"device": "cuda" if use_gpus else "cpu", "cpus_per_worker": cpus_per_worker}
+        )
+        trainer = _trainer(config.model_copy(update={"cluster": device}), place, use_gpus)
         on_stop_signals(stop_file(config.run_dir).touch)  # after Ray, which has a handler of its own
         with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
             trainer.fit()
@@ -52,25 +80,30 @@ def _use_gpus(config: RunConfig, gpus: int) -> bool:
         return False
     if gpus >= workers:
         return True
-    fix = f"this machine has {gpus} GPU(s) for cluster.workers = {workers}: set cluster.workers={max(1, gpus)}"
+    fix = f"Ray has {gpus} GPU(s) for cluster.workers = {workers}: set cluster.workers={max(1, gpus)}"
     if device == "cuda":
         raise UserError(f"{fix}, or cluster.device=cpu")
     print(f"{fix} to use them; running on the CPU")
     return False
 
 
-def _trainer(config: RunConfig, cpus_per_worker: int, use_gpu: bool):
+def _trainer(config: RunConfig, place: dict, use_gpu: bool):
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     return TorchTrainer(
         _worker,
-        train_loop_config={"run": config.model_dump(mode="json"), "cwd": os.getcwd(), "path": sys.path},
+        train_loop_config={"run": config.model_dump(mode="json"), **place},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.comm.timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.cluster.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={
+                "CPU": config.cluster.cpus_per_worker,
+                **({"GPU": 1} if use_gpu else {}),
+                **config.cluster.resources,
+            },
+            placement_strategy=config.cluster.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{time.time_ns()}",  # Ray's own notes on an earlier run of this folder are not this run's
@@ -82,8 +115,9 @@ def _trainer(config: RunConfig, cpus_per_worker: int, use_gpu: bool):
 
 def _worker(settings: dict) -> None:
     """What Ray runs in every worker process. Its output goes to ``logs/rank_N.log`` of the run."""
-    os.chdir(settings["cwd"])  # relative paths of a config mean the same as where it was launched
-    sys.path[:] = settings["path"]
+    if "cwd" in settings:
+        os.chdir(settings["cwd"])
+        sys.path[:] = settings["path"]
     from mbdist.config import parse_config
     from mbdist.train.environment import pin_accelerator
 
@@ -91,6 +125,8 @@ def _worker(settings: dict) -> None:
     pin_accelerator(config)
     from mbdist.train.trainer import run_worker
 
+    if not Path(config.run_dir).is_dir():
+        raise RunError(f"{socket.gethostname()} has no run_dir {config.run_dir}: it must be on storage of all nodes")
     if _ended(config).exists():
         return  # a restart cannot mend what ended the run
     log = Path(config.run_dir) / "logs" / f"rank_{os.environ['RANK']}.log"

@@ -1,0 +1,129 @@
+"""A real Ray cluster of three nodes on this machine; jobs come from outside it."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import uuid
+
+import models
+import pytest
+import yaml
+
+from mbdist.train.metrics import read_metrics
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}  # the cluster lets in who has it
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_node(*arguments):
+    """A node in a process group of its own, so that it can be ended whole."""
+    command = ["ray", "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=os.environ | TOKEN, start_new_session=True, **quiet)
+
+
+def kill_node(node):
+    os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """(address of the job server, nodes: the head and two more)."""
+    port, dashboard = free_port(), free_port()
+    agents = [f"--dashboard-agent-listen-port={free_port()}" for _ in range(3)]
+    head = start_node("--head", f"--port={port}", f"--dashboard-port={dashboard}", agents[0], "--num-gpus=0")
+    nodes = [head]
+    time.sleep(5)
+    nodes += [start_node(f"--address=127.0.0.1:{port}", agent) for agent in agents[1:]]
+    yield f"http://127.0.0.1:{dashboard}", nodes
+    for node in nodes:
+        if node.poll() is None:
+            kill_node(node)
+    subprocess.run(["pkill", "-KILL", "-f", f"127.0.0.1:{port}"], check=False)
+
+
+def settings_of(run_dir, model, **cluster):
+    return models.run_settings(
+        run_dir,
+        model,
+        cluster={"workers": 2, "cpus_per_worker": 1, **cluster},
+        data={"max_eval_windows": 2},
+        train={"steps": 12},
+        checkpoint={"every_steps": 2},
+    )
+
+
+def submit(settings, folder, address, *options):
+    path = folder / "submitted.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        ["mbdist", "launch", "ray", str(path), "--address", address, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env=environment | TOKEN | {"A_SECRET": "hunter2"},
+    )
+
+
+@pytest.mark.slow
+def test_a_submitted_job_survives_the_loss_of_a_node(tmp_path, llama_folder, cluster):
+    address, nodes = cluster
+    settings = settings_of(tmp_path / "run", llama_folder, placement="spread", environment=["A_SECRET"])
+    process = submit(settings, tmp_path, address)
+    log = tmp_path / "run/metrics.jsonl"
+    while not (log.exists() and any(record["event"] == "checkpoint" for record in read_metrics(log))):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.05)
+    start = next(record for record in read_metrics(log) if record["event"] == "start")
+    lost = next(node for node in nodes[1:] if _runs_a_worker(node))
+    kill_node(lost)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert not any(secret in output for secret in ("hunter2", TOKEN["RAY_AUTH_TOKEN"]))
+    assert "resumed after step" in output and "bit-identical" in output
+    assert start["world_size"] == 2
+    assert "hunter2" not in (tmp_path / "run/config.yaml").read_text()
+
+
+def _runs_a_worker(node):
+    import psutil
+
+    children = psutil.Process(node.pid).children(recursive=True)
+    return any("TrainWorker" in " ".join(child.cmdline()) for child in children)
+
+
+@pytest.mark.slow
+def test_a_job_fails_with_its_exit_code_and_says_why(tmp_path, llama_folder, cluster):
+    settings = settings_of(tmp_path / "run", llama_folder)
+    settings["data"]["window"] = 4096
+    output, _ = (process := submit(settings, tmp_path, cluster[0])).communicate(timeout=300)
+    assert process.returncode == 2, output[-3000:]
+    assert "longer than the model's context of 128 tokens" in output
+
+
+def test_a_dry_run_shows_and_refuses(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder, environment=["A_SECRET"])
+    output, _ = submit(settings, tmp_path, "http://127.0.0.1:1", "--dry-run").communicate(timeout=60)
+    for text in ("entry point: python -m mbdist.cli.main launch cluster run.yaml", "package: 0.0", "ray job submit"):
+        assert text in output
+    assert "A_SECRET" in output and "hunter2" not in output and not (tmp_path / "run").exists()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/data.bin").write_bytes(bytes(2_000_000))
+    options = ("--dry-run", "--working-dir", str(tmp_path / "big"), "--max-package-mb", "1")
+    output, _ = (process := submit(settings, tmp_path, "http://127.0.0.1:1", *options)).communicate(timeout=60)
+    assert process.returncode == 2 and "data.bin" in output and "2.0 MB" in output
+    output, _ = submit(settings | {"run_dir": "relative"}, tmp_path, "http://127.0.0.1:1", "--dry-run").communicate()
+    assert "must be an absolute path" in output
+    settings["cluster"]["environment"] = ["RANK"]
+    output, _ = submit(settings, tmp_path, "http://127.0.0.1:1", "--dry-run").communicate()
+    assert "RANK is set by the launcher" in output
