@@ -1,13 +1,14 @@
 """A real Ray cluster of three nodes on this machine; jobs come from outside it."""
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import time
 import uuid
 
 import models
+import psutil
 import pytest
 import yaml
 
@@ -23,14 +24,29 @@ def free_port():
 
 
 def start_node(*arguments):
-    """A node in a process group of its own, so that it can be ended whole."""
+    """A process that has all processes of a node for children."""
     command = ["ray", "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, env=os.environ | TOKEN, start_new_session=True, **quiet)
 
 
+def processes_of(node):
+    return [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+
+
+def runs_a_worker(node):
+    for process in processes_of(node):
+        with contextlib.suppress(psutil.Error):
+            if "TrainWorker" in " ".join(process.cmdline()):
+                return True
+    return False
+
+
 def kill_node(node):
-    os.killpg(node.pid, signal.SIGKILL)
+    """As if its power went: no process of it gets to say goodbye."""
+    for process in processes_of(node):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
     node.wait()
 
 
@@ -47,7 +63,6 @@ def cluster(tmp_path_factory):
     for node in nodes:
         if node.poll() is None:
             kill_node(node)
-    subprocess.run(["pkill", "-KILL", "-f", f"127.0.0.1:{port}"], check=False)
 
 
 def settings_of(run_dir, model, **cluster):
@@ -56,8 +71,8 @@ def settings_of(run_dir, model, **cluster):
         model,
         cluster={"workers": 2, "cpus_per_worker": 1, **cluster},
         data={"max_eval_windows": 2},
-        train={"steps": 12},
-        checkpoint={"every_steps": 2},
+        train={"steps": 60},
+        checkpoint={"every_steps": 10},
     )
 
 
@@ -85,7 +100,7 @@ def test_a_submitted_job_survives_the_loss_of_a_node(tmp_path, llama_folder, clu
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.05)
     start = next(record for record in read_metrics(log) if record["event"] == "start")
-    lost = next(node for node in nodes[1:] if _runs_a_worker(node))
+    lost = next(node for node in nodes[1:] if runs_a_worker(node))
     kill_node(lost)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
@@ -93,13 +108,6 @@ def test_a_submitted_job_survives_the_loss_of_a_node(tmp_path, llama_folder, clu
     assert "resumed after step" in output and "bit-identical" in output
     assert start["world_size"] == 2
     assert "hunter2" not in (tmp_path / "run/config.yaml").read_text()
-
-
-def _runs_a_worker(node):
-    import psutil
-
-    children = psutil.Process(node.pid).children(recursive=True)
-    return any("TrainWorker" in " ".join(child.cmdline()) for child in children)
 
 
 @pytest.mark.slow
