@@ -23,11 +23,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_node(*arguments):
-    """A process that has all processes of a node for children."""
+def start_node(log, *arguments):
+    """A process that has all processes of a node for children. One after the other: they choose ports."""
     command = ["ray", "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=os.environ | TOKEN, start_new_session=True, **quiet)
+    with log.open("w") as output:
+        node = subprocess.Popen(command, env=os.environ | TOKEN, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while "will now block" not in log.read_text():
+        assert node.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+    return node
 
 
 def processes_of(node):
@@ -54,11 +59,12 @@ def kill_node(node):
 def cluster(tmp_path_factory):
     """(address of the job server, nodes: the head and two more)."""
     port, dashboard = free_port(), free_port()
-    agents = [f"--dashboard-agent-listen-port={free_port()}" for _ in range(3)]
-    head = start_node("--head", f"--port={port}", f"--dashboard-port={dashboard}", agents[0], "--num-gpus=0")
-    nodes = [head]
-    time.sleep(5)
-    nodes += [start_node(f"--address=127.0.0.1:{port}", agent) for agent in agents[1:]]
+    logs = tmp_path_factory.mktemp("cluster")
+    kinds = [["--head", f"--port={port}", f"--dashboard-port={dashboard}"], *[[f"--address=127.0.0.1:{port}"]] * 2]
+    nodes = [
+        start_node(logs / str(number), *kind, f"--dashboard-agent-listen-port={free_port()}")
+        for number, kind in enumerate(kinds)
+    ]
     yield f"http://127.0.0.1:{dashboard}", nodes
     for node in nodes:
         if node.poll() is None:
