@@ -49,7 +49,7 @@ def _reload(folder: str, prompt: str | None, trust_remote_code: bool) -> dict:
         command += ["--prompt", prompt]
     if trust_remote_code:
         command.append("--trust-remote-code")
-    # Ray removes a job's own folder when the driver leaves the cluster; libraries do not load from a place that is gone.
+    # Ray removes a job's folder when its driver leaves the cluster; libraries do not load from a place that is gone.
     done = subprocess.run(command, capture_output=True, text=True, timeout=_RELOAD_TIMEOUT_S, cwd=folder)
     if done.returncode:
         raise RunError(f"the saved model {folder} does not load again:\n{done.stderr[-4000:]}")
