@@ -21,8 +21,9 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
 
     started = time.time()
     config = load_config(run, overrides or [])
+    started_by_launcher = "RANK" in os.environ  # later every worker has it
     first = int(os.environ.get("RANK", 0)) == 0
-    if "RANK" not in os.environ and config.cluster.workers != 1:
+    if not started_by_launcher and config.cluster.workers != 1:
         from mbdist.errors import ConfigError
 
         raise ConfigError(
@@ -33,7 +34,7 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
         config = open_run_folder(config)
     else:
         config = config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve())})
-    from mbdist.train.environment import leave_group, pin_accelerator
+    from mbdist.train.environment import end_process, leave_group, pin_accelerator
 
     pin_accelerator(config)
     from mbdist.train.trainer import run_worker
@@ -43,3 +44,5 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     leave_group()
     if first:
         print_summary(finish_run(config, started), config.run_dir)
+    if started_by_launcher:
+        end_process()

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import gather_masks
@@ -29,27 +28,22 @@ CASES = {
 }
 
 
-def _main(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+def _main():
     communicator = Communicator(60)
     found = {}
     for name, (flips, words) in CASES.items():
         for bucket in BUCKETS:
             if bucket > 4 or words < 10:
-                masks = gather_masks(communicator, mask_of(rank, flips, words), bucket)
+                masks = gather_masks(communicator, mask_of(communicator.rank, flips, words), bucket)
                 found[name, bucket] = (masks, communicator.bytes_sent["flips"])
                 communicator.bytes_sent.clear()
-    torch.save(found, f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_rank_gets_every_mask(tmp_path, world_size):
-    mp.spawn(_main, (world_size, str(tmp_path)), nprocs=world_size)
     peers = world_size - 1
-    for rank in range(world_size):
-        found = torch.load(tmp_path / f"rank_{rank}.pt")
+    for found in run_on_ranks(world_size, tmp_path, _main):
         for (name, bucket), (masks, sent) in found.items():
             flips, words = CASES[name]
             expected = torch.stack([mask_of(r, flips, words) for r in range(world_size)])

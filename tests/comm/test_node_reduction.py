@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 
 from mbdist.comm.codecs import CODECS, Segments, SplitColumns
 from mbdist.comm.communicator import Communicator
@@ -21,10 +20,9 @@ def values_of(rank, shape):
     return values
 
 
-def _main(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+def _main():
     communicator = Communicator(60)
+    rank = communicator.rank
     found = {}
     for codec in ("fp32", "sign", "int4"):
         for bucket in (1, 1 << 20):
@@ -38,22 +36,19 @@ def _main(rank, world_size, folder):
                 lambda item, parts, got=got: got.update({item: [*parts]}),
             )
             for shape in SHAPES:
-                segments = Segments(*shape, WordPartition(shape[0] * -(-shape[1] // 32), world_size))
+                segments = Segments(*shape, WordPartition(shape[0] * -(-shape[1] // 32), communicator.world_size))
                 signal = reduction.wanted(segments, torch.ones(shape[0]), torch.ones(shape[1]))
                 signal.values.copy_(values_of(rank, shape))
                 reduction.send(shape, signal, segments, SplitColumns.of(torch.ones(shape[1]), None).owners, rank)
             reduction.finish()
             found[codec, bucket] = got, dict(communicator.bytes_sent)
             communicator.bytes_sent.clear()
-    torch.save(found, f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nodes")
-    mp.spawn(_main, (RANKS, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(RANKS)]
+    return run_on_ranks(RANKS, tmp_path_factory.mktemp("nodes"), _main)
 
 
 def sums_of_nodes(shape):

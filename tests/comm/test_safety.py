@@ -8,40 +8,32 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import run_on_ranks
 
 from mbdist.comm.agreement import agree
 from mbdist.comm.communicator import Communicator
 from mbdist.errors import UserError
 
 
-def join(rank, world_size, folder, timeout_s=60):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
-    return Communicator(timeout_s)
-
-
-def _disagreeing(rank, world_size, folder):
-    communicator = join(rank, world_size, folder)
+def _disagreeing():
+    communicator = Communicator(60)
     agree(communicator, {"seed": "1", "comm.codec": "'sign'"})  # passes
-    facts = {"seed": str(rank // 2), "comm.codec": "'sign'"} | ({"digest": "ab"} if rank else {})
-    try:
-        agree(communicator, facts)
-    except UserError as error:
-        torch.save(str(error), f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
+    digest = {"digest": "ab"} if communicator.rank else {}
+    with pytest.raises(UserError) as raised:
+        agree(communicator, {"seed": str(communicator.rank // 2), "comm.codec": "'sign'"} | digest)
+    return str(raised.value)
 
 
 def test_workers_that_differ_are_told_in_what(tmp_path):
-    mp.spawn(_disagreeing, (3, str(tmp_path)), nprocs=3)
-    for rank in range(3):
-        message = torch.load(tmp_path / f"rank_{rank}.pt")
+    for message in run_on_ranks(3, tmp_path, _disagreeing):
         assert "seed is 0 on worker 0, but 1 on worker 2" in message
         assert "digest is (absent) on worker 0, but ab on worker 1" in message
         assert "codec" not in message
 
 
 def _with_a_lost_peer(rank, world_size, folder, how):
-    communicator = join(rank, world_size, folder, timeout_s=5)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    communicator = Communicator(5)
     communicator.all_reduce_sum(torch.ones(1), "statistics")  # connected
     if rank == 1:
         os.kill(os.getpid(), how)

@@ -1,13 +1,11 @@
 """The Boolean optimizer against an oracle in one process, and the same bits for every sharding of the same signals."""
 
-import datetime
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 
 from mbdist.checkpoint import Checkpoint, CheckpointWriter
 from mbdist.comm.codecs import CODECS
@@ -93,30 +91,11 @@ def run(communicator, config, codec="fp32", steps=STEPS, save=None, resume=None)
     return {name: torch.stack(list(layer.planes)) for name, layer in layers.items()}, flips
 
 
-def _rank_main(rank, world_size, folder, config, codec, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/init",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    result = run(Communicator(60), config, codec, **files)
-    torch.save(result, f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
+def run_in_group(config, codec, files):
+    return run(Communicator(60), config, codec, **files)
 
 
-def run_on_ranks(world_size, folder, config, codec="fp32", **files):
-    folder = Path(folder) / f"{world_size}_{codec}"
-    folder.mkdir()
-    mp.spawn(_rank_main, (world_size, str(folder), config, codec, files), nprocs=world_size)
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
-
-
-def _in_another_order(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+def _in_another_order():
     layers = make_layers()
     optimizer = BooleanOptimizer(
         layers,
@@ -127,35 +106,30 @@ def _in_another_order(rank, world_size, folder):
         micro_batches=1,
         seed=0,
     )
-    for name in reversed(layers) if rank else layers:
+    for name in reversed(layers) if dist.get_rank() else layers:
         layers[name](inputs_of(name, 0, 0)[0]).sum().backward()
     with pytest.raises(UserError, match=r"order in which backward passes go .* on worker 0, but .* on worker 1"):
         optimizer.finish_micro_batch()
-    dist.destroy_process_group()
 
 
 def test_layers_in_another_order_are_found_before_a_signal_is_sent(tmp_path):
-    mp.spawn(_in_another_order, (2, str(tmp_path)), nprocs=2)
+    run_on_ranks(2, tmp_path, _in_another_order)
 
 
-def _differing_main(rank, world_size, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+def _differing():
     communicator = Communicator(60)
     planes = [layer.planes for layer in make_layers().values()]
-    partitions = [WordPartition(of_layer[0].numel(), world_size) for of_layer in planes]
+    partitions = [WordPartition(of_layer[0].numel(), communicator.world_size) for of_layer in planes]
     store = ReplicatedPlanes(planes, partitions, communicator)
     names = [f"{name}.{k}" for name in SHAPES for k in range(2)]
     same = store.check_replicas(names)
-    if rank == 1:
+    if communicator.rank == 1:
         planes[1][1].data[0, 0] ^= 4
-    torch.save((same, store.check_replicas(names)), f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
+    return same, store.check_replicas(names)
 
 
 def test_the_replica_check_names_the_first_plane_that_differs(tmp_path):
-    mp.spawn(_differing_main, (2, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"rank_{rank}.pt") == (None, "b.1")
+    assert run_on_ranks(2, tmp_path, _differing) == [(None, "b.1")] * 2
 
 
 COMMON = {"signal": "curvature", "step_size": 4.0, "max_step": 1.0, "max_flip_rate": 0.02, "warmup_fraction": 0.0}
@@ -195,7 +169,7 @@ def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
     alone, flips_alone = run(Communicator(), config, codec)
     assert sum(sum(step.values()) for step in flips_alone) > 20, "the test must see flips"
     for world_size in (2, 3, 4):
-        for planes, flips in run_on_ranks(world_size, tmp_path, config, codec):
+        for planes, flips in run_on_ranks(world_size, tmp_path, run_in_group, config, codec, {}):
             assert flips == flips_alone
             for name in SHAPES:
                 assert torch.equal(planes[name], alone[name]), name
@@ -221,7 +195,7 @@ def test_a_checkpoint_restores_a_run_exactly_on_any_number_of_ranks(tmp_path, mo
         if number == 1:
             found = [run(Communicator(), MODES[mode], **files)]
         else:
-            found = run_on_ranks(number, tmp_path, MODES[mode], **files)
+            found = run_on_ranks(number, tmp_path, run_in_group, MODES[mode], "fp32", files)
     for planes, resumed_flips in found:
         assert resumed_flips == flips[2:]
         for name in SHAPES:

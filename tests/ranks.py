@@ -1,0 +1,38 @@
+"""Standing processes in which tests run code on ranks: starting one takes seconds, a process group in it none."""
+
+import functools
+import io
+import multiprocessing
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+MOST_RANKS = 4
+
+
+@functools.cache
+def _processes() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(MOST_RANKS, multiprocessing.get_context("spawn"))
+
+
+def run_on_ranks(world_size, folder, main, *args):
+    """What ``main(*args)`` returns on each rank of a gloo group of its own."""
+    rendezvous = f"file://{folder}/init_{uuid.uuid4().hex}"
+    running = [_processes().submit(_run, rank, world_size, rendezvous, main, args) for rank in range(world_size)]
+    return [torch.load(io.BytesIO(result.result()), weights_only=False) for result in running]
+
+
+def _run(rank, world_size, rendezvous, main, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    try:
+        result = io.BytesIO()
+        torch.save(main(*args), result)
+        return result.getvalue()
+    finally:
+        dist.destroy_process_group()
