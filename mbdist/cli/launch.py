@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,11 @@ Address = Annotated[
     str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Job server of the cluster, such as http://head:8265.")
 ]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `mbdist launch ray` printed it.")]
+
+
+class Kind(enum.StrEnum):
+    RAY = "ray"
+    SRUN = "srun"
 
 
 @app.callback()
@@ -78,6 +84,39 @@ def ray(
     print(f"job {job_id} (mbdist job logs|status|stop {job_id} --address {address})", flush=True)
     if not detach:
         raise typer.Exit(server.follow(job_id))
+
+
+@app.command()
+def slurm(
+    run: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    kind: Annotated[
+        Kind, typer.Option(help="`ray`: a Ray cluster on the allocation, which replaces lost workers. `srun`: no Ray.")
+    ] = Kind.RAY,
+    gpus_per_node: Annotated[int, typer.Option(min=0)] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of sbatch, such as partition=gpu; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script.")] = False,
+) -> None:
+    """Submit a config as a SLURM job, which saves before it is preempted and goes on when it runs again.
+
+    The script, its config and the logs are in `run_dir/slurm`; run_dir must be on storage that all nodes share. The
+    environment that submits must have mbdist on its PATH, and so must the nodes.
+
+    Example: `mbdist launch slurm run.yaml --nodes 4 --gpus-per-node 8 --option partition=gpu --option time=24:00:00`
+    """
+    from mbdist.config import load_config
+    from mbdist_launch import BatchJob
+
+    options = dict(each.lstrip("-").partition("=")[::2] for each in option or [])
+    job = BatchJob(load_config(run, overrides or []), nodes, kind.value, gpus_per_node, options)
+    if dry_run:
+        print(job.describe())
+        return
+    job_id = job.submit()
+    print(f"job {job_id}: script and logs in {job.folder}; scancel --batch --signal=USR1 {job_id} saves and requeues")
 
 
 @job_app.command()
