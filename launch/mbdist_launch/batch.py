@@ -28,10 +28,15 @@ class BatchJob:
     options: dict[str, str] = field(default_factory=dict)  # of sbatch, such as {"partition": "gpu"}
 
     def __post_init__(self) -> None:
-        workers = self.config.cluster.workers
+        workers = self.config.cluster.most_workers
         if not Path(self.config.run_dir).is_absolute():
             raise UserError(
                 f"run_dir = {self.config.run_dir}: it must be an absolute path, on storage that all nodes share"
+            )
+        if self.kind == "srun" and self.config.cluster.fewest_workers < workers:
+            raise UserError(
+                f"cluster.workers = {self.config.cluster.workers}: srun starts a fixed number; give one, or use "
+                "--kind ray"
             )
         if self.kind == "srun" and workers % self.nodes:
             fits = [nodes for nodes in range(1, workers + 1) if workers % nodes == 0]
@@ -46,7 +51,7 @@ class BatchJob:
 
     @property
     def workers_per_node(self) -> int:
-        return math.ceil(self.config.cluster.workers / self.nodes)
+        return math.ceil(self.config.cluster.most_workers / self.nodes)
 
     @property
     def folder(self) -> Path:

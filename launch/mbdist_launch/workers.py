@@ -24,9 +24,9 @@ def launch_local(config: RunConfig) -> dict:
     RunError (with the workers' own message) for everything else that ends a run, Interrupted where it was told to
     stop and has saved."""
     cores = len(os.sched_getaffinity(0))
-    cpus = config.cluster.cpus_per_worker or max(1, cores // config.cluster.workers)
+    cpus = config.cluster.cpus_per_worker or max(1, cores // config.cluster.most_workers)
     here = {"cwd": os.getcwd(), "path": sys.path}  # relative paths of a config mean the same to the workers
-    return _run(config, cpus, here, lambda: start_ray_here(num_cpus=max(cores, config.cluster.workers * cpus)))
+    return _run(config, cpus, here, lambda: start_ray_here(num_cpus=max(cores, config.cluster.most_workers * cpus)))
 
 
 def launch_on_cluster(config: RunConfig) -> dict:
@@ -75,12 +75,12 @@ def _run(config: RunConfig, cpus_per_worker: int, place: dict, connect: Callable
 
 def _use_gpus(config: RunConfig, gpus: int) -> bool:
     """GPUs where there is one for every worker; a run that asks for them and cannot have them is refused."""
-    workers, device = config.cluster.workers, config.cluster.device
+    workers, device = config.cluster.fewest_workers, config.cluster.device
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
     if gpus >= workers:
         return True
-    fix = f"Ray has {gpus} GPU(s) for cluster.workers = {workers}: set cluster.workers={max(1, gpus)}"
+    fix = f"Ray has {gpus} GPU(s) for cluster.workers = {config.cluster.workers}: set cluster.workers={max(1, gpus)}"
     if device == "cuda":
         raise UserError(f"{fix}, or cluster.device=cpu")
     print(f"{fix} to use them; running on the CPU")
@@ -91,12 +91,14 @@ def _trainer(config: RunConfig, place: dict, use_gpu: bool):
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    sizes = (config.cluster.fewest_workers, config.cluster.most_workers)
     return TorchTrainer(
         _worker,
         train_loop_config={"run": config.model_dump(mode="json"), **place},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.comm.timeout_s),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=sizes if sizes[0] < sizes[1] else sizes[0],
+            elastic_resize_monitor_interval_s=config.cluster.resize_every_s,
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": config.cluster.cpus_per_worker,

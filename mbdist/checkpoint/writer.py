@@ -140,7 +140,16 @@ class CheckpointWriter:
         _fsync(final.parent)
         (final / COMPLETE).touch()
         _fsync(final)
-        for old in complete_checkpoints(final.parent)[: -self.config.keep_last]:
+        self._prune()
+
+    def _prune(self) -> None:
+        found = complete_checkpoints(self.folder)
+        kept = set(found[-self.config.keep_last :])
+        if self.config.keep_best:
+            perplexity = {each: json.loads((each / STATE).read_text())["perplexity"] for each in found}
+            measured = [each for each in found if perplexity[each] is not None]
+            kept |= set(sorted(measured, key=perplexity.__getitem__)[: self.config.keep_best])
+        for old in set(found) - kept:
             (old / COMPLETE).unlink()  # first: what is half deleted is not complete
             shutil.rmtree(old, ignore_errors=True)
 

@@ -23,12 +23,13 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     config = load_config(run, overrides or [])
     started_by_launcher = "RANK" in os.environ  # later every worker has it
     first = int(os.environ.get("RANK", 0)) == 0
-    if not started_by_launcher and config.cluster.workers != 1:
+    if not started_by_launcher and config.cluster.fewest_workers != 1:
         from mbdist.errors import ConfigError
 
+        torchrun = f"torchrun --nproc-per-node {config.cluster.most_workers} -m mbdist.cli.main train {run}"
         raise ConfigError(
             f"cluster.workers = {config.cluster.workers}, but this is one process: use `mbdist launch local {run}`, "
-            f"`torchrun --nproc-per-node {config.cluster.workers} -m mbdist.cli.main train {run}`, or cluster.workers=1"
+            f"`{torchrun}`, or cluster.workers=1"
         )
     if first:
         config = open_run_folder(config)

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from mbdist.comm.activity import Activity
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,7 @@ class Communicator:
         self.rank = dist.get_rank() if self.distributed else 0
         self.timeout_s = timeout_s
         self.group = self._new_group(None) if self.world_size > 1 else None
+        self.activity = Activity()
         self.bytes_sent: Counter[str] = Counter()
         self.bytes_received: Counter[str] = Counter()
 
@@ -38,7 +41,7 @@ class Communicator:
 
     def by_nodes(self, node_size: int) -> tuple[Communicator, Communicator]:
         """(over the ranks of this rank's node, over the ranks that have its place on every node), for nodes of
-        ``node_size`` consecutive ranks. They count into the same totals as this one. All ranks call it together."""
+        ``node_size`` consecutive ranks. They share its counts and its activity. All ranks call it together."""
         nodes = [list(range(first, first + node_size)) for first in range(0, self.world_size, node_size)]
         places = [list(place) for place in zip(*nodes, strict=True)]
         node, place = divmod(self.rank, node_size)
@@ -69,7 +72,8 @@ class Communicator:
         """Sum over ranks, in place."""
         if self.world_size > 1:
             self._count(phase, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
-            dist.all_reduce(tensor, group=self.group)
+            with self.activity.waiting(phase):
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
@@ -78,7 +82,8 @@ class Communicator:
             return tensor.unsqueeze(0)
         self._count(phase, tensor.nbytes * (self.world_size - 1))
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind(0)), tensor, group=self.group)
+        with self.activity.waiting(phase):
+            dist.all_gather(list(gathered.unbind(0)), tensor, group=self.group)
         return gathered
 
     def all_gather_objects(self, value: T, phase: str) -> list[T]:
@@ -87,5 +92,6 @@ class Communicator:
             return [value]
         self._count(phase, len(pickle.dumps(value)) * (self.world_size - 1))
         gathered: list[T] = [value] * self.world_size
-        dist.all_gather_object(gathered, value, group=self.group)
+        with self.activity.waiting(phase):
+            dist.all_gather_object(gathered, value, group=self.group)
         return gathered

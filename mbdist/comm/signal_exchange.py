@@ -35,6 +35,7 @@ class SignalExchange(Generic[Item]):
         self._in_flight = in_flight
         self._deliver = deliver
         self._phase = phase
+        self._landed = 0  # buckets, since the last ``finish``
         self._filling: list[tuple[Item, torch.Tensor]] = []
         self._flying: deque[tuple[list[tuple[Item, int]], torch.Tensor, dist.Work | None]] = deque()
 
@@ -58,6 +59,7 @@ class SignalExchange(Generic[Item]):
             self._start()
         while self._flying:
             self._land()
+        self._landed = 0
 
     def _start(self) -> None:
         while len(self._flying) >= self._in_flight:
@@ -70,7 +72,9 @@ class SignalExchange(Generic[Item]):
     def _land(self) -> None:
         contents, arrived, handle = self._flying.popleft()
         if handle is not None:
-            handle.wait()
+            with self._communicator.activity.waiting(f"{self._phase}, bucket {self._landed}"):
+                handle.wait()
+        self._landed += 1
         parts = arrived.split([words for _, words in contents], dim=1)
         for (item, _), part in zip(contents, parts, strict=True):
             self._deliver(item, part)

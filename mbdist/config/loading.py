@@ -78,7 +78,8 @@ def _apply_overrides(settings: dict, overrides: Sequence[str]) -> dict:
 
 def _explain(problem: Mapping[str, Any]) -> list[str]:
     """A pydantic error as lines a user can act on: key path, what is allowed, the value given."""
-    key = ".".join(str(part) for part in _without_tags(problem["loc"]))
+    ends_in_key = problem["type"] in ("extra_forbidden", "missing")
+    key = ".".join(str(part) for part in _without_tags(problem["loc"], ends_in_key))
     if problem["type"] == "extra_forbidden":
         allowed = _keys_at(problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
@@ -91,12 +92,13 @@ def _explain(problem: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {problem['msg'].lower()}, got {problem['input']!r}"]
 
 
-def _without_tags(location: Sequence[str | int]) -> list[str | int]:
-    """A pydantic location as the path a user wrote: the tag of a discriminated union is not part of it."""
+def _without_tags(location: Sequence[str | int], ends_in_key: bool) -> list[str | int]:
+    """A pydantic location as the path a user wrote: the tag of a discriminated union is not part of it.
+    ``ends_in_key``: what it ends in is a key, known or not."""
     return [
         part
         for i, part in enumerate(location)
-        if isinstance(part, int) or part in _keys_at(location[:i]) or i + 1 == len(location)
+        if isinstance(part, int) or part in _keys_at(location[:i]) or (ends_in_key and i + 1 == len(location))
     ]
 
 
@@ -109,8 +111,12 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
         if part in fields:
             members = _sections_in(fields[part].annotation)
         else:  # pydantic puts the tag of a discriminated union into the path
-            members = [m for m in members if part in typing.get_args(m.model_fields["type"].annotation)]
+            members = [m for m in members if part == m.__name__ or part in _types_of(m)]
     return sorted({name for member in members for name in member.model_fields})
+
+
+def _types_of(section: type[BaseModel]) -> tuple:
+    return typing.get_args(section.model_fields["type"].annotation) if "type" in section.model_fields else ()
 
 
 def _sections_in(annotation) -> list[type[BaseModel]]:

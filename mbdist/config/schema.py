@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
 
 class _Section(BaseModel):
@@ -152,6 +153,11 @@ class TrainConfig(_Section):
     """Compute type. `auto`: bf16 where the processor multiplies it in hardware, else fp32."""
     max_skipped_steps: PositiveInt = 10
     """Stop after so many steps in a row had to be skipped because a loss or a signal was not finite."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800
+    """A worker that makes no progress for so many seconds says what it was doing and ends, for its launcher to replace
+    it. Longer than any one forward or backward pass, collective or evaluation batch takes."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Measure held-out perplexity every so many steps; 0: before and after training alone."""
     check_planes_every: Annotated[int, Field(ge=0)] = 20
     """Compare a hash of the planes over all workers, and log how full the accumulators are, every so many steps; 0
     turns it off."""
@@ -286,6 +292,8 @@ class CheckpointConfig(_Section):
     """Save it when so much time has passed; null: by steps alone. A run that is told to stop saves too."""
     keep_last: PositiveInt = 2
     """How many checkpoints stay in `run_dir/checkpoints`."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """With `train.eval_every`: save after every evaluation, and keep so many of the lowest perplexity too."""
     resume: str = "auto"
     """`auto`: go on from the last checkpoint of an unfinished run in `run_dir`, where there is one; a finished run
     starts anew. `none`: start anew, which removes the folder's checkpoints. Or the folder of a checkpoint. The number
@@ -305,9 +313,27 @@ _LAUNCHERS_OWN = {
 }
 
 
+class WorkerRange(_Section):
+    min: PositiveInt
+    """The run waits until so many can start."""
+    max: PositiveInt
+    """More are not used."""
+
+
+def _kind_of_workers(given: object) -> str:
+    return "WorkerRange" if isinstance(given, dict | WorkerRange) else "number"
+
+
 class ClusterConfig(_Section):
-    workers: PositiveInt = 1
-    """Data-parallel workers. One GPU each where there are GPUs."""
+    workers: Annotated[
+        Annotated[PositiveInt, Tag("number")] | Annotated[WorkerRange, Tag("WorkerRange")],
+        Discriminator(_kind_of_workers),
+    ] = 1
+    """Data-parallel workers. One GPU each where there are GPUs. `{min: 2, max: 8}`, where Ray starts them: as many as
+    there is room for, fewer after nodes were lost, more when they are back."""
+    resize_every_s: Annotated[float, Field(gt=0)] = 60
+    """With a range of workers: how often to see whether there is room for more. To grow costs the steps since the last
+    checkpoint."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed ZeRO stage of the float state; stage 3 partitions the planes too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -322,6 +348,14 @@ class ClusterConfig(_Section):
     """How often Ray starts the workers again, from the last checkpoint, after one of them was lost."""
     cpus_per_worker: PositiveInt | None = None
     """Cores a worker may use; default: the machine's cores shared evenly."""
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
 
 class RunConfig(_Section):
@@ -357,7 +391,11 @@ class RunConfig(_Section):
     @property
     def accumulation(self) -> int:
         """Micro-batches a worker adds up before a step."""
-        return self.train.sequences_per_step // (self.cluster.workers * self.train.micro_batch)
+        return self.train.sequences_per_step // (self.cluster.most_workers * self.train.micro_batch)
+
+    def at_size(self, workers: int) -> RunConfig:
+        """The config of a run that has so many workers now."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"workers": workers})})
 
     @property
     def tokens_per_step(self) -> int:
@@ -367,29 +405,22 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> RunConfig:
         problems = []
-        batch, micro, workers = self.train.sequences_per_step, self.train.micro_batch, self.cluster.workers
-        if batch % (workers * micro):
-            if workers > batch:
-                fix = f"use at most {batch} workers, or at least {workers} sequences a step"
-            else:
-                fits = [m for m in range(1, batch // workers + 1) if batch % (workers * m) == 0]
-                fix = (
-                    f"train.micro_batch can be {', '.join(map(str, fits))} here"
-                    if fits
-                    else f"train.sequences_per_step must be a multiple of {workers}"
-                )
-            problems.append(
-                f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
-                f"(train.micro_batch) on {workers} workers (cluster.workers): {fix}"
-            )
+        sizes = range(self.cluster.fewest_workers, self.cluster.most_workers + 1)
+        if not sizes:
+            problems.append(f"cluster.workers: min = {sizes.start} is more than max = {sizes.stop - 1}")
+        if misfits := [
+            workers for workers in sizes if self.train.sequences_per_step % (workers * self.train.micro_batch)
+        ]:
+            problems.append(self._explain_batch(misfits, sizes))
         if owned := sorted(_LAUNCHERS_OWN.intersection(self.cluster.environment)):
             problems.append(f"cluster.environment: {', '.join(owned)} is set by the launcher: leave it out")
         planes = self.boolean.planes
         if isinstance(planes, list) and len(set(planes)) < len(planes):
             problems.append(f"boolean.planes = {planes} names a plane twice")
-        if isinstance(self.comm.node_size, int) and workers % min(self.comm.node_size, workers):
+        nodes = self.comm.node_size
+        if isinstance(nodes, int) and (uneven := [workers for workers in sizes if workers % min(nodes, workers)]):
             problems.append(
-                f"cluster.workers = {workers} cannot be cut into machines of {self.comm.node_size} workers "
+                f"cluster.workers = {uneven[0]} cannot be cut into machines of {self.comm.node_size} workers "
                 "(comm.node_size): set it to the number of workers on each machine, or to null"
             )
         for setting in ("resident_planes", "resident_floats"):
@@ -398,6 +429,8 @@ class RunConfig(_Section):
                     f"comm.{setting} is for cluster.zero_stage = 3: at stage {self.cluster.zero_stage} every worker "
                     f"holds everything anyway; set it to none"
                 )
+        if self.checkpoint.keep_best and not self.train.eval_every:
+            problems.append("checkpoint.keep_best needs evaluations to choose by: set train.eval_every")
         if self.train.probe_every and self.boolean.signal != "curvature":
             problems.append(
                 f"train.probe_every predicts from q / (s^2 h), which boolean.signal = {self.boolean.signal} does not "
@@ -416,3 +449,18 @@ class RunConfig(_Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _explain_batch(self, misfits: list[int], sizes: range) -> str:
+        batch, micro, workers = self.train.sequences_per_step, self.train.micro_batch, misfits[0]
+        wrong = (
+            f"train.sequences_per_step = {batch} cannot be cut into whole micro-batches of {micro} "
+            f"(train.micro_batch) on {workers} workers (cluster.workers): "
+        )
+        if len(sizes) > 1:
+            return f"{wrong}it must be a multiple of {micro * math.lcm(*sizes)} for {sizes[0]} to {sizes[-1]} workers"
+        if workers > batch:
+            return f"{wrong}use at most {batch} workers, or at least {workers} sequences a step"
+        fits = [m for m in range(1, batch // workers + 1) if batch % (workers * m) == 0]
+        if fits:
+            return f"{wrong}train.micro_batch can be {', '.join(map(str, fits))} here"
+        return f"{wrong}train.sequences_per_step must be a multiple of {workers}"

@@ -57,10 +57,11 @@ def set_up_worker(config: RunConfig) -> torch.device:
         torch.set_num_threads(config.cluster.cpus_per_worker or max(1, cores // local_ranks))
     if not dist.is_initialized():
         _join_group(config, device)
-    if dist.get_world_size() != config.cluster.workers:
+    started, cluster = dist.get_world_size(), config.cluster
+    if not cluster.fewest_workers <= started <= cluster.most_workers:
         raise ConfigError(
-            f"cluster.workers = {config.cluster.workers}, but {dist.get_world_size()} processes were started; "
-            f"start {config.cluster.workers}, or set cluster.workers={dist.get_world_size()}"
+            f"cluster.workers = {cluster.workers}, but {started} processes were started; "
+            f"start {cluster.most_workers}, or set cluster.workers={started}"
         )
     return device
 

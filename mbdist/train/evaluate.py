@@ -46,6 +46,7 @@ def evaluate(
     communicator: Communicator,
     device: torch.device,
     teacher: LogitsOf | None = None,
+    between: Callable[[], None] = lambda: None,  # called before every batch, by all ranks
 ) -> Evaluation:
     """Ranks take turns; all of them make the same number of forward passes, because a gather of partitioned weights
     needs everyone."""
@@ -54,6 +55,7 @@ def evaluate(
     passes = math.ceil(math.ceil(len(windows) / ranks) / batch_size)
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # targets, nll, kl, agreements
     for i in range(passes):
+        between()
         numbers = mine[i * batch_size : (i + 1) * batch_size]
         batch = fetch(windows, numbers or [0])
         ids, learned = batch.input_ids.to(device), batch.learned.to(device)

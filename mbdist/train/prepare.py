@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,7 +57,12 @@ def teacher_source(config: RunConfig) -> ModelConfig | None:
     return config.model
 
 
-def prepare(config: RunConfig, metrics: MetricsWriter, optimizer: OptimizerOfBits = BooleanOptimizer) -> None:
+def prepare(
+    config: RunConfig,
+    metrics: MetricsWriter,
+    optimizer: OptimizerOfBits = BooleanOptimizer,
+    between: Callable[[], None] = lambda: None,  # called after every converted layer
+) -> None:
     """Tokenise and convert, unless an earlier run with the same settings did."""
     teacher_source(config)  # a contradiction here is better found before the work than after
     marker, key = Path(config.run_dir) / "prepared.json", preparation_key(config)
@@ -72,7 +78,7 @@ def prepare(config: RunConfig, metrics: MetricsWriter, optimizer: OptimizerOfBit
     _check_length(config, len(corpus.train))
     metrics.write("tokenized", train_windows=len(corpus.train), eval_windows=len(corpus.eval))
     if student_source(config) is not config.model:
-        _convert(config, tokenizer, corpus, metrics, optimizer)
+        _convert(config, tokenizer, corpus, metrics, optimizer, between)
     marker.write_text(json.dumps({"key": key, "train_windows": len(corpus.train)}))
 
 
@@ -84,10 +90,11 @@ def _check_length(config: RunConfig, train_windows: int) -> None:
         )
 
 
-def wait_until_prepared(config: RunConfig) -> None:
+def wait_until_prepared(config: RunConfig, between: Callable[[], None]) -> None:
     """For ranks other than 0. If rank 0 fails, whoever started the ranks ends them all."""
     key = preparation_key(config)
     while not _is_prepared(config, key):
+        between()
         time.sleep(0.2)
 
 
@@ -97,6 +104,7 @@ def _convert(
     corpus: Corpus,
     metrics: MetricsWriter,
     optimizer: OptimizerOfBits,
+    between: Callable[[], None],
 ) -> None:
     metrics.write("loading", model=config.model.path)
     model = load_model(config.model)
@@ -107,7 +115,10 @@ def _convert(
         windows = corpus.train if source is None else load_windows(source, config.data, tokenizer)
         calibration = calibration_batches(windows, config.convert.calibration_tokens)
     dtype = compute_dtype(config.train.precision, torch.device("cpu"))
-    reports = list(convert_model(model, config.convert, calibration, dtype, optimizer=optimizer))
+    reports = []
+    for report in convert_model(model, config.convert, calibration, dtype, optimizer=optimizer):
+        reports.append(report)
+        between()
     save_model(model, tokenizer, Path(config.run_dir) / "converted")
     metrics.write(
         "converted",

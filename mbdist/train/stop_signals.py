@@ -1,4 +1,4 @@
-"""A run that is told to stop does so between steps, where all workers can.
+"""A run that is told to stop does so between steps, between batches of an evaluation or layers of a conversion.
 
 Told by SIGTERM, or SIGUSR1 as SLURM warns of preemption: to a worker, or to a launcher, which leaves a file for its
 workers, who may be on other machines.
@@ -27,13 +27,17 @@ def stop_file(run_dir: str) -> Path:
 
 
 class StopRequest:
-    """Remembers that this worker was told to stop; the trainer asks between steps."""
+    """Remembers that this worker was told to stop, by a signal or by the file that every worker of the run sees."""
 
-    def __init__(self, file: Path | None):  # to look for; None: signals alone
+    def __init__(self, file: Path):
         self._told = threading.Event()
         self._file = file
         on_stop_signals(self._told.set)
 
     @property
     def seen(self) -> bool:
-        return self._told.is_set() or (self._file is not None and self._file.exists())
+        return self._told.is_set() or self._file.exists()
+
+    def pass_on(self) -> None:
+        """Tell the others too, where they do not ask together."""
+        self._file.touch()

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -32,6 +33,7 @@ from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import preparation_key, prepare, student_source, teacher_source, wait_until_prepared
 from mbdist.train.run_folder import checkpoint_folder, starting_checkpoint
 from mbdist.train.stop_signals import StopRequest, stop_file
+from mbdist.train.watchdog import Watchdog
 from mbdist_kernels import fold_key
 
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
@@ -41,21 +43,32 @@ def run_worker(config: RunConfig) -> None:
     """Everything that one of ``cluster.workers`` processes does, from joining the group to the saved model."""
     device = set_up_worker(config)
     communicator = Communicator(config.comm.timeout_s)
+    config = config.at_size(communicator.world_size)
     metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl", active=communicator.rank == 0)
+    stopping = StopRequest(stop_file(config.run_dir))
+
+    def stop_if_told() -> None:
+        if stopping.seen:
+            stopping.pass_on()
+            raise Interrupted(0)
+
+    communicator.activity.enter("preparing")
     if communicator.rank == 0:
         with all_cores():
-            prepare(config, metrics)
+            prepare(config, metrics, between=stop_if_told)
     else:
-        wait_until_prepared(config)
+        wait_until_prepared(config, between=stop_if_told)
     found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
     saved = Checkpoint(found, verify=communicator.rank == 0) if found is not None else None
-    trainer = Trainer(config, device, communicator, metrics, saved=saved)
+    trainer = Trainer(config, device, communicator, metrics, saved=saved, stopping=stopping)
+    watchdog = Watchdog(config.train.hang_timeout_s, communicator.rank, communicator.activity)
     if saved is None:
         trainer.evaluate("float")
         trainer.evaluate("converted")
     if config.train.steps:
         trainer.train()
         trainer.evaluate("finetuned")
+    watchdog.stop()  # before files of any size are written
     trainer.save()
     trainer.close()
 
@@ -102,6 +115,7 @@ class Trainer:
         metrics: MetricsWriter,
         optimizer: OptimizerOfBits = BooleanOptimizer,
         saved: Checkpoint | None = None,  # to go on from
+        stopping: StopRequest | None = None,  # None: nobody will ask
     ):
         self.config = config
         self.device = device
@@ -142,7 +156,8 @@ class Trainer:
             gradient_scale=communicator.world_size,
         )
         self.engine = Engine(student, self.boolean, config, communicator)
-        self.first_step = 0
+        self.stopping = stopping
+        self.first_step = self.steps_done = 0
         attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "agreement")[0]
         self.writer = CheckpointWriter(
             checkpoint_folder(config),
@@ -156,7 +171,7 @@ class Trainer:
         if saved is not None:
             self.boolean.load_state(saved.state["boolean"], saved)
             self.engine.load_state(saved.state["engine"], saved)
-            self.first_step = saved.step
+            self.first_step = self.steps_done = saved.step
             metrics.write("resumed", step=saved.step, folder=str(saved.folder), changed=changed)
 
     def _agree(self, student: PreTrainedModel) -> None:
@@ -228,28 +243,33 @@ class Trainer:
             self.config.train.eval_batch,
             self.communicator,
             self.device,
+            between=self._between_batches,
         )
-        self.metrics.write(
-            "eval", name=name, perplexity=found.perplexity, seconds=round(time.perf_counter() - started, 2)
-        )
+        self.engine.module.train()
+        seconds = round(time.perf_counter() - started, 2)
+        self.metrics.write("eval", name=name, step=self.steps_done, perplexity=found.perplexity, seconds=seconds)
         return found.perplexity
+
+    def _between_batches(self) -> None:
+        self.communicator.activity.enter("evaluating")
+        stop, _ = self._agreed(False)
+        if stop:
+            self._stop()
 
     # Training.
 
     def train(self) -> None:
         self.engine.module.train()
         skipped = 0
-        stopping = StopRequest(stop_file(self.config.run_dir) if self.communicator.rank == 0 else None)
         for step in range(self.first_step, self.config.train.steps):
             started = time.perf_counter()
-            due = torch.tensor([stopping.seen, self.communicator.rank == 0 and self.writer.is_due(step)])
-            stop, save = self.communicator.all_reduce_sum(due.to(torch.int32).to(self.device), "statistics").tolist()
-            if (save or stop) and step > self.first_step:
-                self.checkpoint(step, wait=bool(stop))
+            stop, save = self._agreed(self.communicator.rank == 0 and self.writer.is_due(step))
             if stop:
-                self.writer.wait()
-                raise Interrupted(step)
+                self._stop()
+            if save and step > self.first_step:
+                self.checkpoint()
             report, losses = self.step(step)
+            self.steps_done = step + 1
             skipped = 0 if report else skipped + 1
             self._log_step(step, report, losses, time.perf_counter() - started)
             if skipped >= self.config.train.max_skipped_steps:
@@ -260,22 +280,48 @@ class Trainer:
             every = self.config.train.check_planes_every
             if every and (step + 1) % every == 0:
                 self._check_replicas(step)
+            every = self.config.train.eval_every
+            if every and (step + 1) % every == 0 and step + 1 < self.config.train.steps:
+                perplexity = self.evaluate("in training")
+                if self.config.checkpoint.keep_best:
+                    self.checkpoint(perplexity)
+        self.communicator.activity.enter("writing a checkpoint")
         self.writer.wait()
 
-    def checkpoint(self, step: int, wait: bool = False) -> None:
-        """Save the state after ``step`` steps; all ranks call it together, between steps."""
+    def _agreed(self, save: bool) -> tuple[bool, bool]:
+        """(whether a worker was told to stop, whether one wants to save): what all of them do now."""
+        told = self.stopping is not None and self.stopping.seen
+        wishes = torch.tensor([told, save], dtype=torch.int32, device=self.device)
+        stop, save = self.communicator.all_reduce_sum(wishes, "statistics").tolist()
+        return bool(stop), bool(save)
+
+    def _stop(self) -> NoReturn:
+        """Save what was not saved, and end the run here."""
+        if self.steps_done > self.first_step:
+            self.checkpoint(wait=True)
+        self.writer.wait()
+        self.communicator.all_gather_objects(None, "agreement")  # launchers end all workers with the first that leaves
+        raise Interrupted(self.steps_done)
+
+    def checkpoint(self, perplexity: float | None = None, wait: bool = False) -> None:
+        """Save the state after the steps that are done, with its held-out perplexity where that is known; all ranks
+        call it together, between steps."""
+        self.communicator.activity.enter("taking a snapshot")
         state = {
-            "step": step,
+            "step": self.steps_done,
+            "perplexity": perplexity,
             "config": self.config.model_dump(mode="json"),
             "prepared": preparation_key(self.config),
             "boolean": self.boolean.shared_state(),
             "engine": self.engine.shared_state(),
         }
-        self.writer.save(step, [*self.boolean.state_pieces(), *self.engine.state_pieces()], state, wait)
+        pieces = [*self.boolean.state_pieces(), *self.engine.state_pieces()]
+        self.writer.save(self.steps_done, pieces, state, wait)
 
     def step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
         """One optimizer step: (report, or None where it was skipped; mean loss, kl, cross-entropy, and targets)."""
-        config, ranks = self.config, self.communicator.world_size
+        config, ranks, enter = self.config, self.communicator.world_size, self.communicator.activity.enter
+        enter("reading data")
         micro_batches = [self.batches.micro_batch_at(step, a) for a in range(config.accumulation)]
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)
         losses[3] = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
@@ -283,11 +329,14 @@ class Trainer:
         report = None
         self.boolean.probing = config.train.probe_every > 0 and (step + 1) % config.train.probe_every == 0
         for a, batch in enumerate(micro_batches):
+            enter("forward")
             terms = self._loss(batch, targets, step, a)
+            enter("backward")
             losses[:3] += torch.tensor([terms.total.item(), terms.kl, terms.cross_entropy], device=self.device)
             # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over the global batch.
             self.engine.backward(terms.total * (ranks * config.accumulation))
             self.boolean.finish_micro_batch()
+            enter("flips")
             last = a + 1 == config.accumulation
             finite = not last or self.boolean.all_finite(losses[0])
             if last:
@@ -295,6 +344,7 @@ class Trainer:
                 if report is not None and self.boolean.probing:
                     self._probe(step, micro_batches, targets, losses[0].clone(), report)
             self.learning_rate = self.engine.learning_rate  # of this step: the schedule advances in it
+            enter("step of the floats")
             self.engine.step(apply=finite)
         self.communicator.all_reduce_sum(losses, "statistics")
         losses[1:3] /= max(1, targets)

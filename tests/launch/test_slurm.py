@@ -34,7 +34,9 @@ def free_port():
 
 
 def run_job(run_dir, **cluster):
-    settings = models.run_settings(run_dir, Path("/shared/models/llama"), cluster={"workers": 4, **cluster})
+    settings = models.run_settings(
+        run_dir, Path("/shared/models/llama"), cluster={"workers": 4, **cluster}, train={"micro_batch": 1}
+    )
     settings["data"]["cache_dir"] = "/shared/cache"
     return parse_config(settings)
 
