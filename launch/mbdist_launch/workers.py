@@ -13,7 +13,7 @@ from pathlib import Path
 from mbdist.config import RunConfig
 from mbdist.errors import Interrupted, RunError, UserError
 from mbdist.train.finish import finish_run
-from mbdist.train.run_folder import open_run_folder
+from mbdist.train.run_folder import noting_how_it_ends, open_run_folder
 from mbdist.train.stop_signals import on_stop_signals, stop_file
 from mbdist.train.watch import RunWatcher
 from mbdist_launch.ray_here import QUIET, start_ray_here
@@ -55,22 +55,23 @@ def _run(config: RunConfig, cpus_per_worker: int, place: dict, connect: Callable
     started = time.time()
     config = open_run_folder(config)
     _ended(config).unlink(missing_ok=True)
-    connect()
-    try:
-        use_gpus = _use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
-        device = config.cluster.model_copy(
-            update={"device": "cuda" if use_gpus else "cpu", "cpus_per_worker": cpus_per_worker}
-        )
-        trainer = _trainer(config.model_copy(update={"cluster": device}), place, use_gpus)
-        on_stop_signals(stop_file(config.run_dir).touch)  # after Ray, which has a handler of its own
-        with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
-            trainer.fit()
-        _raise_ended(config)
-    except TrainingFailedError as error:
-        raise _cause(error, config) from error
-    finally:
-        ray.shutdown()
-    return finish_run(config, started)
+    with noting_how_it_ends(config):
+        connect()
+        try:
+            use_gpus = _use_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+            device = config.cluster.model_copy(
+                update={"device": "cuda" if use_gpus else "cpu", "cpus_per_worker": cpus_per_worker}
+            )
+            trainer = _trainer(config.model_copy(update={"cluster": device}), place, use_gpus)
+            on_stop_signals(stop_file(config.run_dir).touch)  # after Ray, which has a handler of its own
+            with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
+                trainer.fit()
+            _raise_ended(config)
+        except TrainingFailedError as error:
+            raise _cause(error, config) from error
+        finally:
+            ray.shutdown()
+        return finish_run(config, started)
 
 
 def _use_gpus(config: RunConfig, gpus: int) -> bool:

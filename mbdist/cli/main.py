@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, train, tune
+from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, status, train, tune
 from mbdist.errors import Interrupted, RunError, UserError
 
 _USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -26,6 +26,7 @@ app.command("convert")(convert.convert)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("status")(status.status)
 app.command("tune")(tune.tune)
 app.command("env")(env.env)
 app.add_typer(launch.app, name="launch")

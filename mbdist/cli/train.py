@@ -16,7 +16,7 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     from mbdist.cli.launch import print_summary
     from mbdist.config import load_config
     from mbdist.train.finish import finish_run
-    from mbdist.train.run_folder import open_run_folder
+    from mbdist.train.run_folder import noting_how_it_ends, open_run_folder
     from mbdist.train.watch import RunWatcher
 
     started = time.time()
@@ -40,10 +40,14 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     pin_accelerator(config)
     from mbdist.train.trainer import run_worker
 
-    with RunWatcher(Path(config.run_dir) / "metrics.jsonl") if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as around:
+        if first:
+            around.enter_context(noting_how_it_ends(config))
+            around.enter_context(RunWatcher(Path(config.run_dir) / "metrics.jsonl"))
         run_worker(config)
     leave_group()
     if first:
-        print_summary(finish_run(config, started), config.run_dir)
+        with noting_how_it_ends(config):
+            print_summary(finish_run(config, started), config.run_dir)
     if started_by_launcher:
         end_process()

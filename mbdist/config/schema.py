@@ -156,6 +156,8 @@ class TrainConfig(_Section):
     hang_timeout_s: Annotated[float, Field(gt=0)] = 1800
     """A worker that makes no progress for so many seconds says what it was doing and ends, for its launcher to replace
     it. Longer than any one forward or backward pass, collective or evaluation batch takes."""
+    track: list[Literal["tensorboard", "wandb"]] = []
+    """Besides `metrics.jsonl`: TensorBoard in `run_dir/tensorboard`, W&B as its own `WANDB_*` variables say."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Measure held-out perplexity every so many steps; 0: before and after training alone."""
     check_planes_every: Annotated[int, Field(ge=0)] = 20

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from mbdist.checkpoint import complete_checkpoints, latest_checkpoint
 from mbdist.config import RunConfig, write_config
-from mbdist.errors import UserError
+from mbdist.errors import Interrupted, UserError
+from mbdist.train.metrics import MetricsWriter
 from mbdist.train.stop_signals import stop_file
 
 _locks: dict[Path, int] = {}  # held until this process ends, however it ends
@@ -50,6 +53,34 @@ def starting_checkpoint(config: RunConfig) -> Path | None:
     if own is None and config.checkpoint.resume not in ("auto", "none"):
         return Path(config.checkpoint.resume)
     return own
+
+
+@contextlib.contextmanager
+def noting_how_it_ends(config: RunConfig) -> Iterator[None]:
+    """Leave in the metrics file of an opened folder why the run did not come to its end."""
+    try:
+        yield
+    except Interrupted as stopped:
+        MetricsWriter(Path(config.run_dir) / "metrics.jsonl").write("stopped", step=stopped.step)
+        raise
+    except Exception as error:
+        MetricsWriter(Path(config.run_dir) / "metrics.jsonl").write("failed", error=str(error))
+        raise
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run is going on in the folder, as far as this machine can see."""
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
 
 
 def _settle_checkpoints(config: RunConfig) -> bool:

@@ -33,6 +33,7 @@ from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import preparation_key, prepare, student_source, teacher_source, wait_until_prepared
 from mbdist.train.run_folder import checkpoint_folder, starting_checkpoint
 from mbdist.train.stop_signals import StopRequest, stop_file
+from mbdist.train.trackers import open_trackers
 from mbdist.train.watchdog import Watchdog
 from mbdist_kernels import fold_key
 
@@ -61,6 +62,8 @@ def run_worker(config: RunConfig) -> None:
     found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
     saved = Checkpoint(found, verify=communicator.rank == 0) if found is not None else None
     trainer = Trainer(config, device, communicator, metrics, saved=saved, stopping=stopping)
+    if communicator.rank == 0:
+        metrics.copy_to(open_trackers(config, trainer.first_step))
     watchdog = Watchdog(config.train.hang_timeout_s, communicator.rank, communicator.activity)
     if saved is None:
         trainer.evaluate("float")
