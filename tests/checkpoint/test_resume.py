@@ -1,6 +1,8 @@
 """Runs that are killed go on from their checkpoint and end with the same bits."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mbdist.checkpoint import CheckpointWriter, complete_checkpoints
+from mbdist.config.schema import CheckpointConfig
 from mbdist.train.metrics import read_metrics
+from mbdist.train.status import describe_run
 
 STEPS = 8
 
@@ -37,8 +42,9 @@ def start(settings, folder):
     workers = settings["cluster"]["workers"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] if workers > 1 else []
     command = [sys.executable, *torchrun, "-m", "mbdist.cli.main", "train", str(path)]
+    environment = os.environ | {"WANDB_MODE": "offline"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
@@ -158,3 +164,78 @@ def test_two_runs_do_not_share_a_folder(tmp_path, llama_folder):
     assert "another run is going on in run_dir" in finish(settings, tmp_path, expect=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_stops_inside_conversion_and_evaluation_too(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder, every_steps=None)
+    settings["convert"] = {"init": "calibrated", "calibration_tokens": 60_000}
+    settings["data"]["max_eval_windows"] = 1500
+    settings["train"] |= {"steps": 1, "track": ["tensorboard", "wandb"]}
+    code, output = interrupted(settings, tmp_path, signal.SIGTERM, event="converting")
+    assert code == 75 and "stopped after step 0" in output and "converted" not in output
+    assert "stopped after step 0" in describe_run(tmp_path / "run")
+    code, output = interrupted(settings, tmp_path, signal.SIGTERM, event="step")
+    assert code == 75 and "stopped after step 1" in output and "finetuned" not in output
+    settings["train"]["steps"] = 2
+    output = finish(settings, tmp_path)
+    assert "resumed after step 1" in output and "perplexity, finetuned" in output
+    shown = describe_run(tmp_path / "run")
+    assert "finished, after" in shown and "step 2/2: loss" in shown and "checkpoint: step_1" in shown
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_run_and_the_checkpoint_before_it(tmp_path, llama_folder):
+    """A disk of its own, with room for one checkpoint and a half."""
+    finish(settings_of(tmp_path / "roomy", llama_folder, every_steps=2), tmp_path)
+    (folder, *_) = (tmp_path / "roomy/checkpoints").glob("step_*")
+    room = sum(file.stat().st_size for file in folder.iterdir()) * 3 // 2
+    (disk := tmp_path / "run/checkpoints").mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        output = finish(settings_of(tmp_path / "run", llama_folder, every_steps=2), tmp_path)
+        assert [path.name for path in disk.glob("step_*")] == ["step_2"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "WARNING: no checkpoint after step 4" in output and "the run goes on" in output
+    check_same(outcome(tmp_path / "run"), outcome(tmp_path / "roomy"))
+
+
+def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_folder):
+    (tmp_path / "theirs").mkdir(mode=0o555)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings_of(tmp_path / "theirs", llama_folder)))
+    bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if bound and shutil.which("setpriv") is None:
+        pytest.skip("root may write everywhere")
+    command = [*bound, sys.executable, "-m", "mbdist.cli.main", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: cannot write to run_dir {tmp_path}/theirs: Permission denied\n"
+    assert not list((tmp_path / "theirs").iterdir())
+
+
+def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(keep_last=1, keep_best=2), 0, 1, "a", lambda *_, **__: None)
+    for step, perplexity in enumerate([9.0, 5.0, None, 4.0, 7.0, 8.0, None], start=1):
+        writer.save(step, [], {"step": step, "perplexity": perplexity}, wait=True)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_2", "step_4", "step_7"]
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_checkpoints_that_evaluated_best(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder, every_steps=None, keep_last=1, keep_best=1)
+    settings["train"]["eval_every"] = 2
+    finish(settings, tmp_path)
+    measured = {
+        record["step"]: record["perplexity"]
+        for record in read_metrics(tmp_path / "run/metrics.jsonl")
+        if record["event"] == "eval" and record["name"] == "in training"
+    }
+    best = min(measured, key=measured.__getitem__)
+    kept = {path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")}
+    assert list(measured) == [2, 4, 6] and kept == {f"step_{best}", "step_6"}

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from ranks import run_on_ranks
 
 from mbdist.comm.agreement import agree
 from mbdist.comm.communicator import Communicator
+from mbdist.comm.signal_exchange import SignalExchange
 from mbdist.errors import UserError
+from mbdist.train.watchdog import Watchdog
 
 
 def _disagreeing():
@@ -57,3 +61,32 @@ def test_a_peer_that_is_lost_raises_within_the_timeout(tmp_path, how):
     ranks[1].kill()
     ranks[1].join()
     assert torch.load(tmp_path / "rank_0.pt") < 15
+
+
+def _hanging(rank, world_size, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    communicator = Communicator(60)
+    if rank == 1:
+        time.sleep(60)
+    sys.stderr = Path(f"{folder}/log").open("w")  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
+    communicator.activity.enter("flips")
+    Watchdog(2, rank, communicator.activity)
+    exchange = SignalExchange(communicator, 1, 2, lambda item, words: None)
+    for item in range(3):
+        exchange.send(item, torch.zeros(world_size, 4, dtype=torch.int32))
+    exchange.finish()
+
+
+def test_a_worker_that_waits_for_a_peer_says_in_what_and_ends(tmp_path):
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=_hanging, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    ranks[0].join(40)
+    ranks[1].kill()
+    ranks[1].join()
+    assert ranks[0].exitcode == 1
+    log = (tmp_path / "log").read_text()
+    assert "worker 0 hangs: for 2 s in flips, waiting for the other workers in signal, bucket 0" in log
+    assert "signal_exchange.py" in log, "the stack shows where"

@@ -106,3 +106,18 @@ def test_a_killed_worker_is_replaced_and_a_stopped_launch_goes_on(tmp_path, llam
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "disturbed")]
     assert summaries[0]["planes_sha256"] == summaries[1]["planes_sha256"]
     assert summaries[0]["perplexity"] == summaries[1]["perplexity"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_found_and_replaced(tmp_path, llama_folder):
+    """Stopped, not dead: its peer says what it waits for and ends, and Ray starts both again."""
+    settings = with_checkpoints(tmp_path, llama_folder, "run")
+    settings["train"] |= {"hang_timeout_s": 8, "steps": 30}
+    process = start_launch(tmp_path, settings)
+    wait_for("checkpoint", settings["run_dir"], process)
+    train_workers(process)[1].send_signal(signal.SIGSTOP)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "resumed after step" in output, output[-3000:]
+    log = (tmp_path / "run/logs/rank_0.log").read_text()
+    assert "worker 0 hangs: for 8 s in" in log or "worker 0 hangs: for 9 s in" in log, log[-3000:]
+    assert "What every thread of it is doing" in log and "trainer.py" in log
