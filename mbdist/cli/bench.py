@@ -146,6 +146,28 @@ def codecs(
 
 
 @app.command()
+def faults(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config; its model is replaced by a small one of its kind.")] = (
+        "configs/faults.yaml"
+    ),
+    kills: Annotated[int, typer.Option(min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Of the moments and the workers that are killed.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """Workers of a run are killed at random moments: does it end with the bits of an undisturbed one, and how soon does
+    it go on?
+
+    Example: `mbdist bench faults --kills 20 --json docs/benchmarks/faults.json`
+    """
+    from mbdist.bench.faults import bench_faults
+    from mbdist.config import load_config
+
+    _check_folder(json_file)
+    bench_faults(load_config(config, overrides or []), kills, seed, json_file)
+
+
+@app.command()
 def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
+import os
+import socket
 import time
 import uuid
 from collections import Counter
@@ -201,8 +203,12 @@ class Trainer:
 
     def _say_what_was_decided(self) -> None:
         config = self.config
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "device": _device_name(self.device)}
+        workers = self.communicator.all_gather_objects(here, "agreement")
         self.metrics.write(
             "start",
+            workers=workers,
+            versions={name: importlib.metadata.version(name) for name in _SAME_VERSIONS},
             model=config.model.path,
             steps=config.train.steps,
             world_size=self.communicator.world_size,
@@ -466,6 +472,10 @@ class Trainer:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _held_bytes(parameters) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -80,6 +81,9 @@ class RunWatcher:
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)
+        if event == "start":
+            for line in _machines(record["workers"]):
+                self.console.print(line, markup=False)
         if event == "start" and record["zero_stage"] == 3:
             chosen = record["deepspeed"].get("stage3_prefetch_bucket_size", 0)
             self.console.print(f"ZeRO-3 gathers {chosen:,} elements ahead: one block, in words", markup=False)
@@ -112,3 +116,13 @@ class RunWatcher:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _machines(workers: list[dict]) -> Iterator[str]:
+    """A line a host: which workers it has, on what."""
+    by_host: dict[str, list[int]] = {}
+    for rank, worker in enumerate(workers):
+        by_host.setdefault(worker["host"], []).append(rank)
+    for host, ranks in by_host.items():
+        devices = sorted({workers[rank]["device"] for rank in ranks})
+        yield f"  {host}: worker {', '.join(map(str, ranks))} on {', '.join(devices)}"
