@@ -183,14 +183,20 @@ def events(settings, event):
     return [record for record in read_metrics(metrics) if record["event"] == event] if metrics.exists() else []
 
 
+@pytest.fixture(scope="module")
+def undisturbed(slurm, tmp_path_factory, llama_folder):
+    """Digest of the planes of a run of two tasks on two nodes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings = settings_of(folder, llama_folder, "run")
+    job = submit(slurm, folder, settings, "srun")
+    assert ended(slurm, job) == ("COMPLETED", "0"), logs_of(settings)
+    assert events(settings, "start")[-1]["world_size"] == 2
+    return hash_planes(load_model(ModelConfig(path=f"{settings['run_dir']}/model")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["srun", "ray"])
-def test_a_preempted_job_saves_and_goes_on(tmp_path, llama_folder, slurm, kind):
-    """Also shows that a job of each kind completes: the planes are those of an undisturbed run."""
-    undisturbed = settings_of(tmp_path, llama_folder, "undisturbed")
-    job = submit(slurm, tmp_path, undisturbed, "srun")
-    assert ended(slurm, job) == ("COMPLETED", "0"), logs_of(undisturbed)
-
+def test_a_preempted_job_saves_and_goes_on(tmp_path, llama_folder, slurm, undisturbed, kind):
     settings = settings_of(tmp_path, llama_folder, kind)
     job = submit(slurm, tmp_path, settings, kind)
     until(lambda: len(events(settings, "step")) >= 2 or "FAILED" in command_output(slurm, "squeue", "-j", job), 180)
@@ -199,8 +205,7 @@ def test_a_preempted_job_saves_and_goes_on(tmp_path, llama_folder, slurm, kind):
     assert len(events(settings, "resumed")) == 1, logs_of(settings)
     attempts = sorted(path.name for path in (tmp_path / kind / "slurm").glob("job_*/attempt_*"))
     assert attempts == ["attempt_0", "attempt_1"]
-    digests = [hash_planes(load_model(ModelConfig(path=f"{of['run_dir']}/model"))) for of in (undisturbed, settings)]
-    assert digests[0] == digests[1]
+    assert hash_planes(load_model(ModelConfig(path=f"{settings['run_dir']}/model"))) == undisturbed
 
 
 @pytest.mark.slow
