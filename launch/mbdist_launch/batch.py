@@ -3,6 +3,7 @@ lines are filled in."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shlex
@@ -53,20 +54,22 @@ class BatchJob:
     def workers_per_node(self) -> int:
         return math.ceil(self.config.cluster.most_workers / self.nodes)
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
-        """Of the script, its config, and the logs of all attempts."""
-        return Path(self.config.run_dir) / "slurm"
+        """Of the script, its config, and the logs of all attempts: one a submission, since an earlier one's may be in
+        use."""
+        of_run = Path(self.config.run_dir) / "slurm"
+        return of_run / f"submission_{1 + len(list(of_run.glob('submission_*')))}"
 
     def directives(self) -> dict[str, str]:
         """Options of sbatch; an empty value is a flag."""
-        cpus = self.config.cluster.cpus_per_worker
+        cpus = self.config.cluster.cpus_per_worker or 1
         tasks = 1 if self.kind == "ray" else self.workers_per_node
         return {
             "job-name": f"mbdist-{Path(self.config.run_dir).name}",
             "nodes": str(self.nodes),
             "ntasks-per-node": str(tasks),
-            **({"cpus-per-task": str(cpus * self.workers_per_node // tasks)} if cpus else {}),
+            "cpus-per-task": str(cpus * self.workers_per_node // tasks),
             **({"gpus-per-node": str(self.gpus_per_node)} if self.gpus_per_node else {}),
             "output": str(self.folder / "job_%j.log"),
             "signal": "B:USR1@120",
@@ -77,7 +80,10 @@ class BatchJob:
 
     def script(self) -> str:
         template = (resources.files("mbdist_launch") / "slurm" / f"{self.kind}.sbatch").read_text()
-        lines = [f"#SBATCH --{name}" + (f"={value}" if value else "") for name, value in self.directives().items()]
+        lines = [
+            f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
+            for name, value in self.directives().items()
+        ]
         return re.sub(r"(?:^#SBATCH .*\n)+", lambda _: "\n".join(lines) + "\n", template, count=1, flags=re.MULTILINE)
 
     @property
@@ -91,7 +97,7 @@ class BatchJob:
         """Write the script and its config into ``folder``; the id of the job. Raises RunError where SLURM refuses."""
         if shutil.which("sbatch") is None:
             raise UserError("there is no sbatch here: run this on a login node of the cluster, or use --dry-run")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True)
         (self.folder / f"{self.kind}.sbatch").write_text(self.script())
         write_config(self.config, self.folder / "run.yaml")
         done = subprocess.run(self.command, capture_output=True, text=True)

@@ -48,7 +48,7 @@ class Job:
             if self.working_dir is None:
                 folder.mkdir()
             else:
-                shutil.copytree(self.working_dir, folder, ignore=_NOT_SHIPPED)
+                shutil.copytree(self.working_dir, folder, ignore=_NOT_SHIPPED, ignore_dangling_symlinks=True)
             write_config(self.config, folder / "run.yaml")
             sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
             if sum(sizes.values()) > self.max_package_mb * 1e6:
@@ -141,6 +141,8 @@ class JobServer:
         found = self._client.get_job_info(job_id)
         if found.driver_exit_code is not None:
             return found.driver_exit_code
+        if found.status == "STOPPED":
+            return os.EX_TEMPFAIL  # it has saved, as `mbdist job stop` told it
         if found.status != "SUCCEEDED":
             print(f"the job {job_id} ended as {found.status}: {found.message}")
         return 0 if found.status == "SUCCEEDED" else 1

@@ -6,17 +6,23 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mbdist.checkpoint import latest_checkpoint
 from mbdist.config import RunConfig
 from mbdist.errors import Interrupted, RunError, UserError
 from mbdist.train.finish import finish_run
+from mbdist.train.metrics import MetricsWriter
 from mbdist.train.run_folder import noting_how_it_ends, open_run_folder
 from mbdist.train.stop_signals import on_stop_signals, stop_file
 from mbdist.train.watch import RunWatcher
 from mbdist_launch.ray_here import QUIET, start_ray_here
+
+_NODES_TIMEOUT_S = 300
+_NOBODY_TIMEOUT_S = 20  # without a worker, after which nobody will save
 
 
 def launch_local(config: RunConfig) -> dict:
@@ -29,9 +35,9 @@ def launch_local(config: RunConfig) -> dict:
     return _run(config, cpus, here, lambda: start_ray_here(num_cpus=max(cores, config.cluster.most_workers * cpus)))
 
 
-def launch_on_cluster(config: RunConfig) -> dict:
+def launch_on_cluster(config: RunConfig, nodes: int = 1) -> dict:
     """The same on the Ray cluster that this process is a part of, as a submitted job's entry point is, or that
-    RAY_ADDRESS names. ``run_dir`` must be on storage that all nodes share."""
+    RAY_ADDRESS names, once it has so many nodes. ``run_dir`` must be on storage that all nodes share."""
     import ray
 
     if not Path(config.run_dir).is_absolute():
@@ -44,6 +50,11 @@ def launch_on_cluster(config: RunConfig) -> dict:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **QUIET)
         except ConnectionError as error:
             raise UserError(f"no Ray cluster here (RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}): {error}") from error
+        deadline = time.monotonic() + _NODES_TIMEOUT_S
+        while len(alive := [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]) < nodes:
+            if time.monotonic() > deadline:
+                raise RunError(f"after {_NODES_TIMEOUT_S} s the cluster has {len(alive)} of {nodes} nodes: {alive}")
+            time.sleep(1)
 
     return _run(config, config.cluster.cpus_per_worker or 1, {}, connect)
 
@@ -63,15 +74,37 @@ def _run(config: RunConfig, cpus_per_worker: int, place: dict, connect: Callable
                 update={"device": "cuda" if use_gpus else "cpu", "cpus_per_worker": cpus_per_worker}
             )
             trainer = _trainer(config.model_copy(update={"cluster": device}), place, use_gpus)
-            on_stop_signals(stop_file(config.run_dir).touch)  # after Ray, which has a handler of its own
+            on_stop_signals(lambda: _stop(config))  # after Ray, which has a handler of its own
             with RunWatcher(Path(config.run_dir) / "metrics.jsonl"):
                 trainer.fit()
-            _raise_ended(config)
+            if (ended := _how_it_ended(config)) is not None:
+                raise ended
         except TrainingFailedError as error:
             raise _cause(error, config) from error
         finally:
             ray.shutdown()
         return finish_run(config, started)
+
+
+def _stop(config: RunConfig) -> None:
+    """Tell the workers, who save and end; where Ray waits for room and there are none, end here."""
+    stop_file(config.run_dir).touch()
+    threading.Thread(target=_leave_if_nobody_works, args=(config,), daemon=True).start()
+
+
+def _leave_if_nobody_works(config: RunConfig) -> None:
+    from ray.util import placement_group_table
+
+    idle_since = time.monotonic()
+    while time.monotonic() < idle_since + _NOBODY_TIMEOUT_S:
+        if any(group["state"] == "CREATED" for group in placement_group_table().values()):
+            idle_since = time.monotonic()
+        time.sleep(1)
+    saved = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    stopped = Interrupted(int(saved.name.removeprefix("step_")) if saved else 0)
+    MetricsWriter(Path(config.run_dir) / "metrics.jsonl").write("stopped", step=stopped.step)
+    print(stopped, file=sys.stderr, flush=True)
+    os._exit(os.EX_TEMPFAIL)
 
 
 def _use_gpus(config: RunConfig, gpus: int) -> bool:
@@ -150,16 +183,17 @@ def _ended(config: RunConfig) -> Path:
     return Path(config.run_dir) / "logs" / "ended.json"
 
 
-def _raise_ended(config: RunConfig) -> None:
-    if _ended(config).exists():
-        why = json.loads(_ended(config).read_text())
-        raise Interrupted(why["step"]) if "step" in why else UserError(why["error"])
+def _how_it_ended(config: RunConfig) -> Exception | None:
+    if not _ended(config).exists():
+        return None
+    why = json.loads(_ended(config).read_text())
+    return Interrupted(why["step"]) if "step" in why else UserError(why["error"])
 
 
 def _cause(error: Exception, config: RunConfig) -> Exception:
     """The worker's own exception where it is the user's to mend, else one that says where to look."""
     failures = getattr(error, "worker_failures", {})
-    if _ended(config).exists():
-        return UserError(json.loads(_ended(config).read_text())["error"])
+    if (ended := _how_it_ended(config)) is not None:
+        return ended
     first = next(iter(failures.values()), error)
     return RunError(f"the run failed; the workers' output is in {config.run_dir}/logs\n{first}")

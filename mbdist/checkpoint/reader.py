@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def remove_checkpoint(folder: Path) -> None:
+    (folder / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is not complete
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def digest_of(file: Path) -> str:
     """SHA-256 of a file's content."""
     with file.open("rb") as content:
@@ -38,8 +44,8 @@ def digest_of(file: Path) -> str:
 class Checkpoint:
     """An opened checkpoint. Raises UserError where it is not whole, was altered, or is of another format."""
 
-    def __init__(self, folder: Path, verify: bool = True):
-        """``verify``: hash every shard; enough that one rank does."""
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1):
+        """Hashes every ``world_size``-th shard from ``rank`` on, so that all ranks together see all content."""
         self.folder = folder
         if not (folder / COMPLETE).is_file():
             raise UserError(f"{folder} is no complete checkpoint: it has no file named {COMPLETE}")
@@ -55,7 +61,7 @@ class Checkpoint:
         self._shards = []
         self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)  # name: (first element, shard, key)
         for number, note in enumerate(self.state["shards"]):
-            self._open(number, note, verify)
+            self._open(number, note, verify=number % world_size == rank)
 
     def _open(self, number: int, note: dict, verify: bool) -> None:
         path = self.folder / note["file"]

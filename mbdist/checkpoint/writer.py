@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of
+from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of, remove_checkpoint
 from mbdist.config.schema import CheckpointConfig
 
 _PARTIAL = ".tmp-"
@@ -122,6 +123,10 @@ class CheckpointWriter:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 self._failed(step, f"cannot write {final}: {error}")
+            else:
+                print(f"cannot write shard {self.rank} of {final}: {error}", file=sys.stderr, flush=True)
+                (partial / f"shard_{self.rank}.safetensors").unlink(missing_ok=True)  # makes room for the next line
+                _write_json(partial / f"shard_{self.rank}.json", {"error": f"worker {self.rank}: {error}"})
 
     def _publish(self, partial: Path, final: Path, state: dict) -> None:
         notes = [partial / f"shard_{rank}.json" for rank in range(self.world_size)]
@@ -131,11 +136,12 @@ class CheckpointWriter:
                 raise TimeoutError(f"not all workers wrote their shards in {_SHARDS_TIMEOUT_S} s")
             time.sleep(_POLL_S)
         shards = [json.loads(note.read_text()) for note in notes]
+        if errors := [shard["error"] for shard in shards if "error" in shard]:
+            raise OSError("; ".join(errors))
         _write_json(partial / STATE, {"format": FORMAT, "shards": shards, **state})
         for note in notes:
             note.unlink()
-        if final.exists():  # of an attempt that got further, before it was lost
-            shutil.rmtree(final)
+        remove_checkpoint(final)  # of an attempt that got further, before it was lost
         partial.rename(final)
         _fsync(final.parent)
         (final / COMPLETE).touch()
@@ -150,8 +156,7 @@ class CheckpointWriter:
             measured = [each for each in found if perplexity[each] is not None]
             kept |= set(sorted(measured, key=perplexity.__getitem__)[: self.config.keep_best])
         for old in set(found) - kept:
-            (old / COMPLETE).unlink()  # first: what is half deleted is not complete
-            shutil.rmtree(old, ignore_errors=True)
+            remove_checkpoint(old)
 
 
 def _snapshot(values: torch.Tensor) -> torch.Tensor:

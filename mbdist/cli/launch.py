@@ -41,7 +41,11 @@ def local(run: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def cluster(run: RunFile, overrides: Overrides = None) -> None:
+def cluster(
+    run: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Wait until the cluster has so many.")] = 1,
+) -> None:
     """Run a config on the Ray cluster that this machine is a part of, or that RAY_ADDRESS names: what a submitted job
     does.
 
@@ -51,7 +55,7 @@ def cluster(run: RunFile, overrides: Overrides = None) -> None:
     from mbdist_launch import launch_on_cluster
 
     config = load_config(run, overrides or [])
-    print_summary(launch_on_cluster(config), config.run_dir)
+    print_summary(launch_on_cluster(config, nodes), config.run_dir)
 
 
 @app.command()
@@ -60,7 +64,8 @@ def ray(
     address: Address,
     overrides: Overrides = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="Folder to ship to the cluster. Default: the config alone.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder to ship to the cluster. Default: the config alone."),
     ] = None,
     max_package_mb: Annotated[float, typer.Option(help="Refuse to ship more than this.")] = 100,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it to itself.")] = False,
@@ -102,8 +107,8 @@ def slurm(
 ) -> None:
     """Submit a config as a SLURM job, which saves before it is preempted and goes on when it runs again.
 
-    The script, its config and the logs are in `run_dir/slurm`; run_dir must be on storage that all nodes share. The
-    environment that submits must have mbdist on its PATH, and so must the nodes.
+    The script, its config and the logs are in `run_dir/slurm/submission_N`; run_dir must be on storage that all nodes
+    share. The environment that submits must have mbdist on its PATH, and so must the nodes.
 
     Example: `mbdist launch slurm run.yaml --nodes 4 --gpus-per-node 8 --option partition=gpu --option time=24:00:00`
     """
@@ -124,7 +129,7 @@ def status(job: JobId, address: Address) -> None:
     """Whether the job runs, and how it ended."""
     from mbdist_launch import JobServer
 
-    print(JobServer(address).status(job))
+    print(JobServer(address, patience_s=10).status(job))
 
 
 @job_app.command()
@@ -132,7 +137,7 @@ def logs(job: JobId, address: Address) -> None:
     """What the job has printed so far."""
     from mbdist_launch import JobServer
 
-    print(JobServer(address).logs(job), end="")
+    print(JobServer(address, patience_s=10).logs(job), end="")
 
 
 @job_app.command()
@@ -140,7 +145,7 @@ def stop(job: JobId, address: Address) -> None:
     """Have the run save its state and end; submitted again, it goes on from there."""
     from mbdist_launch import JobServer
 
-    JobServer(address).stop(job)
+    JobServer(address, patience_s=10).stop(job)
 
 
 def print_summary(summary: dict, run_dir: str) -> None:

@@ -349,7 +349,7 @@ class ClusterConfig(_Section):
     max_restarts: Annotated[int, Field(ge=0)] = 20
     """How often Ray starts the workers again, from the last checkpoint, after one of them was lost."""
     cpus_per_worker: PositiveInt | None = None
-    """Cores a worker may use; default: the machine's cores shared evenly."""
+    """Cores a worker may use. Default: on one machine its cores shared evenly, on a cluster one."""
 
     @property
     def fewest_workers(self) -> int:

@@ -35,6 +35,8 @@ from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 from mbdist.train.environment import compute_dtype
 from mbdist.train.metrics import MetricsWriter
 
+_FINGERPRINT_BYTES = 1 << 16
+
 
 def student_source(config: RunConfig) -> ModelConfig:
     """The multi-Boolean model that training starts from."""
@@ -132,13 +134,23 @@ def _convert(
 
 
 def preparation_key(config: RunConfig) -> str:
-    """Identifies the settings that preparation depends on, and the files of a local model."""
+    """Identifies the settings that preparation depends on, and the files of a local model, on whatever machine."""
     folder = Path(resolve_path(config.model.path))
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.*"))
+    files = sorted((file.name, *_fingerprint(file)) for file in folder.glob("*.*") if file.is_file())
     sections = [config.model.model_dump(), config.convert.model_dump()]
     sections.append(config.data.model_dump(exclude={"max_eval_windows", "cache_dir"}))
     described = [sections, files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(file: Path) -> tuple[int, str]:
+    """(bytes, digest of the first and the last of them): weights that were trained on differ in their last."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        ends = content.read(_FINGERPRINT_BYTES)
+        content.seek(max(0, size - _FINGERPRINT_BYTES))
+        ends += content.read()
+    return size, hashlib.sha256(ends).hexdigest()
 
 
 def _is_prepared(config: RunConfig, key: str) -> bool:

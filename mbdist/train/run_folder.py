@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mbdist.checkpoint import complete_checkpoints, latest_checkpoint
+from mbdist.checkpoint import complete_checkpoints, latest_checkpoint, remove_checkpoint
 from mbdist.config import RunConfig, write_config
 from mbdist.errors import Interrupted, UserError
 from mbdist.train.metrics import MetricsWriter
@@ -46,13 +45,30 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
+def _start_file(config: RunConfig) -> Path:
+    """Names the checkpoint that the run was told to start from. One of another run's it stays the start of; one of the
+    run's own is its newest once it has gone on from there."""
+    return checkpoint_folder(config) / "start_from"
+
+
 def starting_checkpoint(config: RunConfig) -> Path | None:
-    """For the workers of an opened folder: the run's own newest checkpoint, which a restarted worker has too, or the
-    one that the config names until there is one."""
+    """For the workers of an opened folder: the checkpoint that the run was told to start from, and once it has, the
+    newest of its own."""
     own = latest_checkpoint(checkpoint_folder(config))
-    if own is None and config.checkpoint.resume not in ("auto", "none"):
-        return Path(config.checkpoint.resume)
+    if _start_file(config).exists():
+        told = Path(_start_file(config).read_text())
+        if own is None or told.parent == own.parent:
+            return told
     return own
+
+
+def go_on_from(config: RunConfig, checkpoint: Path | None) -> None:
+    """For the first worker, whose state is that of ``checkpoint``: what was saved after it does not count any more."""
+    own = complete_checkpoints(checkpoint_folder(config))
+    if checkpoint in own:
+        for newer in own[own.index(checkpoint) + 1 :]:
+            remove_checkpoint(newer)
+        _start_file(config).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -84,35 +100,33 @@ def is_locked(folder: Path) -> bool:
 
 
 def _settle_checkpoints(config: RunConfig) -> bool:
-    """Remove the checkpoints that this run does not go on from; whether it goes on from one of its folder's own."""
-    folder = checkpoint_folder(config)
+    """Decide where the run starts; whether it goes on with what its folder has."""
+    folder, start_file = checkpoint_folder(config), _start_file(config)
+    own = complete_checkpoints(folder)
     finished = (Path(config.run_dir) / "summary.json").exists()
     match config.checkpoint.resume:
-        case "auto" if not finished and latest_checkpoint(folder) is not None:
+        case "auto" if not finished and (own or start_file.exists()):
             return True
         case "auto" | "none":
-            shutil.rmtree(folder, ignore_errors=True)
+            for each in own:
+                remove_checkpoint(each)
+            start_file.unlink(missing_ok=True)
             return False
-        case path:
-            return _settle_for(Path(path).resolve(), folder)
-
-
-def _settle_for(wanted: Path, folder: Path) -> bool:
-    own = complete_checkpoints(folder)
-    if wanted.parent == folder.resolve() and wanted.name in [found.name for found in own]:
-        for newer in own[[found.name for found in own].index(wanted.name) + 1 :]:
-            shutil.rmtree(newer)
-        return True
+    wanted = Path(config.checkpoint.resume).resolve()
     if not wanted.is_dir():
         raise UserError(
             f"checkpoint.resume = {wanted}: there is no such folder; give auto, none or a checkpoint's folder"
         )
-    if own:
+    if own and wanted.parent != folder.resolve():
+        if start_file.exists() and start_file.read_text() == str(wanted):
+            return True  # the same command again
         raise UserError(
             f"checkpoint.resume = {wanted}, but run_dir has checkpoints of its own, the newest {own[-1]}: use another "
             "run_dir, or checkpoint.resume=auto"
         )
-    return False
+    folder.mkdir(parents=True, exist_ok=True)
+    start_file.write_text(str(folder / wanted.name if own else wanted))
+    return bool(own)
 
 
 def _lock(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,15 @@ Log = Callable[[dict[str, float], int], None]  # takes values by name, and the s
 _OF_A_STEP = ("loss", "kl", "cross_entropy", "flip_rate", "learning_rate", "gradient_norm", "tokens_per_s")
 
 
+def check_installed(config: RunConfig) -> None:
+    """Raises UserError for one of ``train.track`` whose package is not here."""
+    for package in config.train.track:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"train.track names {package}, which is not installed: pip install 'mbdist[tracking]'")
+
+
 def open_trackers(config: RunConfig, first_step: int) -> list[Log]:
-    """Those of ``train.track``. What an earlier attempt logged after ``first_step`` is replaced. Raises UserError for
-    one that is not installed."""
+    """Those of ``train.track``. What an earlier attempt logged after ``first_step`` is replaced."""
     return [_OPEN[name](config, first_step) for name in config.train.track]
 
 
@@ -34,10 +41,8 @@ def scalars(event: str, values: dict) -> dict[str, float]:
 
 
 def _tensorboard(config: RunConfig, first_step: int) -> Log:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _absent("tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(Path(config.run_dir) / "tensorboard"), purge_step=first_step + 1)
 
     def log(values: dict[str, float], step: int) -> None:
@@ -49,19 +54,13 @@ def _tensorboard(config: RunConfig, first_step: int) -> Log:
 
 
 def _wandb(config: RunConfig, first_step: int) -> Log:
-    try:
-        import wandb
-    except ImportError:
-        raise _absent("wandb") from None
+    import wandb
+
     # One run a folder, however often it is resumed. Project, account and mode come from its own WANDB_* variables.
     run_id = hashlib.sha256(config.run_dir.encode()).hexdigest()[:16]
     name = Path(config.run_dir).name
     run = wandb.init(id=run_id, name=name, resume="allow", dir=config.run_dir, config=config.model_dump(mode="json"))
     return lambda values, step: run.log(values, step=step)
-
-
-def _absent(package: str) -> UserError:
-    return UserError(f"train.track names {package}, which is not installed here: pip install 'mbdist[tracking]'")
 
 
 _OPEN = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -33,9 +33,9 @@ from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import preparation_key, prepare, student_source, teacher_source, wait_until_prepared
-from mbdist.train.run_folder import checkpoint_folder, starting_checkpoint
+from mbdist.train.run_folder import checkpoint_folder, go_on_from, starting_checkpoint
 from mbdist.train.stop_signals import StopRequest, stop_file
-from mbdist.train.trackers import open_trackers
+from mbdist.train.trackers import check_installed, open_trackers
 from mbdist.train.watchdog import Watchdog
 from mbdist_kernels import fold_key
 
@@ -57,14 +57,16 @@ def run_worker(config: RunConfig) -> None:
 
     communicator.activity.enter("preparing")
     if communicator.rank == 0:
+        check_installed(config)
         with all_cores():
             prepare(config, metrics, between=stop_if_told)
     else:
         wait_until_prepared(config, between=stop_if_told)
     found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
-    saved = Checkpoint(found, verify=communicator.rank == 0) if found is not None else None
+    saved = Checkpoint(found, communicator.rank, communicator.world_size) if found is not None else None
     trainer = Trainer(config, device, communicator, metrics, saved=saved, stopping=stopping)
     if communicator.rank == 0:
+        go_on_from(config, found)
         metrics.copy_to(open_trackers(config, trainer.first_step))
     watchdog = Watchdog(config.train.hang_timeout_s, communicator.rank, communicator.activity)
     if saved is None:
@@ -162,7 +164,7 @@ class Trainer:
         )
         self.engine = Engine(student, self.boolean, config, communicator)
         self.stopping = stopping
-        self.first_step = self.steps_done = 0
+        self.first_step = self.steps_done = self._saved_step = 0
         attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "agreement")[0]
         self.writer = CheckpointWriter(
             checkpoint_folder(config),
@@ -176,7 +178,7 @@ class Trainer:
         if saved is not None:
             self.boolean.load_state(saved.state["boolean"], saved)
             self.engine.load_state(saved.state["engine"], saved)
-            self.first_step = self.steps_done = saved.step
+            self.first_step = self.steps_done = self._saved_step = saved.step
             metrics.write("resumed", step=saved.step, folder=str(saved.folder), changed=changed)
 
     def _agree(self, student: PreTrainedModel) -> None:
@@ -307,15 +309,18 @@ class Trainer:
     def _stop(self) -> NoReturn:
         """Save what was not saved, and end the run here."""
         if self.steps_done > self.first_step:
-            self.checkpoint(wait=True)
+            self.checkpoint()
         self.writer.wait()
         self.communicator.all_gather_objects(None, "agreement")  # launchers end all workers with the first that leaves
         raise Interrupted(self.steps_done)
 
-    def checkpoint(self, perplexity: float | None = None, wait: bool = False) -> None:
+    def checkpoint(self, perplexity: float | None = None) -> None:
         """Save the state after the steps that are done, with its held-out perplexity where that is known; all ranks
         call it together, between steps."""
         self.communicator.activity.enter("taking a snapshot")
+        if self.steps_done == self._saved_step:
+            return
+        self._saved_step = self.steps_done
         state = {
             "step": self.steps_done,
             "perplexity": perplexity,
@@ -325,7 +330,7 @@ class Trainer:
             "engine": self.engine.shared_state(),
         }
         pieces = [*self.boolean.state_pieces(), *self.engine.state_pieces()]
-        self.writer.save(self.steps_done, pieces, state, wait)
+        self.writer.save(self.steps_done, pieces, state)
 
     def step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
         """One optimizer step: (report, or None where it was skipped; mean loss, kl, cross-entropy, and targets)."""

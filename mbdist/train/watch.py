@@ -5,13 +5,14 @@ The process that watches need not be one that trains: the launcher's driver watc
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mbdist.train.metrics import parse_line
 
 _POLL_S = 0.3
 _PLAIN_LINES = 20  # about so many step lines a run where there is no terminal
@@ -65,7 +66,8 @@ class RunWatcher:
                     position = file.tell()
                 *lines, rest = text.split("\n")
                 for line in lines:
-                    self._show(json.loads(line))
+                    if (record := parse_line(line)) is not None:
+                        self._show(record)
             if last_round:
                 return
             self._done.wait(_POLL_S)

@@ -228,7 +228,7 @@ def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_keeps_the_checkpoints_that_evaluated_best(tmp_path, llama_folder):
-    settings = settings_of(tmp_path / "run", llama_folder, every_steps=None, keep_last=1, keep_best=1)
+    settings = settings_of(tmp_path / "run", llama_folder, every_steps=2, keep_last=1, keep_best=1)
     settings["train"]["eval_every"] = 2
     finish(settings, tmp_path)
     measured = {

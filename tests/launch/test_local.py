@@ -121,3 +121,16 @@ def test_a_worker_that_hangs_is_found_and_replaced(tmp_path, llama_folder):
     log = (tmp_path / "run/logs/rank_0.log").read_text()
     assert "worker 0 hangs: for 8 s in" in log or "worker 0 hangs: for 9 s in" in log, log[-3000:]
     assert "What every thread of it is doing" in log and "trainer.py" in log
+
+
+def test_a_launch_that_waits_for_room_can_be_stopped(tmp_path, llama_folder):
+    settings = with_checkpoints(tmp_path, llama_folder, "run")
+    settings["cluster"]["resources"] = {"unobtainium": 1}
+    process = start_launch(tmp_path, settings)
+    while not (tmp_path / "run/ray").exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.1)
+    time.sleep(3)  # Ray's own handler is replaced a moment later
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75 and "stopped after step 0" in output, output[-3000:]

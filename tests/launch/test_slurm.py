@@ -203,7 +203,7 @@ def test_a_preempted_job_saves_and_goes_on(tmp_path, llama_folder, slurm, undist
     subprocess.run(["scancel", "--batch", "--signal", "USR1", job], env=slurm, check=True)
     assert ended(slurm, job) == ("COMPLETED", "0"), logs_of(settings)
     assert len(events(settings, "resumed")) == 1, logs_of(settings)
-    attempts = sorted(path.name for path in (tmp_path / kind / "slurm").glob("job_*/attempt_*"))
+    attempts = sorted(path.name for path in (tmp_path / kind / "slurm").glob("submission_1/job_*/attempt_*"))
     assert attempts == ["attempt_0", "attempt_1"]
     assert hash_planes(load_model(ModelConfig(path=f"{settings['run_dir']}/model"))) == undisturbed
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mbdist.cli.main import app
 from mbdist.config import parse_config
 from mbdist.errors import UserError
-from mbdist.train.metrics import read_metrics
+from mbdist.train.metrics import MetricsWriter, read_metrics
 from mbdist_kernels import unpack_signs
 
 
@@ -187,3 +187,19 @@ def test_the_command_line_app_has_every_verb():
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     expected = {"convert", "train", "eval", "generate", "launch", "job", "status", "config", "env", "bench", "tune"}
     assert names == expected
+
+
+def test_a_line_of_metrics_that_a_full_disk_cut_is_lost_alone(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        writer = MetricsWriter(tmp_path / "metrics.jsonl")
+        writer.write("first")
+        (tmp_path / "ballast").write_bytes(bytes(8192))
+        writer.write("large", of=list(range(5000)))
+        (tmp_path / "ballast").unlink()
+        writer.write("last")
+        assert [record["event"] for record in read_metrics(tmp_path / "metrics.jsonl")] == ["first", "last"]
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
