@@ -11,6 +11,7 @@ import typer
 
 from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, status, train, tune
 from mbdist.errors import Interrupted, RunError, UserError
+from mbdist.train.stop_signals import remember_preemption
 
 _USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -40,6 +41,7 @@ def main() -> None:
     # transformers imports DeepSpeed where it is installed; without a GPU its search for one prints a warning.
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    remember_preemption()
     try:
         app()
     except UserError as error:

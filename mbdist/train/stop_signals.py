@@ -14,11 +14,22 @@ from pathlib import Path
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+_early = threading.Event()
+
+
+def remember_preemption() -> None:
+    """Have SIGUSR1, from the start of a process on, wait for ``on_stop_signals`` instead of ending it: imports and
+    rendezvous take their time."""
+    signal.signal(signal.SIGUSR1, lambda *_: _early.set())
+
+
 def on_stop_signals(act: Callable[[], None]) -> None:
     """Have stop signals to this process do this instead of ending it."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, lambda *_: act())
+        if _early.is_set():
+            act()
 
 
 def stop_file(run_dir: str) -> Path:

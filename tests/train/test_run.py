@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -203,3 +204,14 @@ def test_a_line_of_metrics_that_a_full_disk_cut_is_lost_alone(tmp_path):
         assert [record["event"] for record in read_metrics(tmp_path / "metrics.jsonl")] == ["first", "last"]
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_signal_before_the_run_is_ready_is_remembered():
+    script = (
+        "import time; from mbdist.train import stop_signals as s; s.remember_preemption(); print('ready', flush=True); "
+        "time.sleep(1); s.on_stop_signals(lambda: print('told'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate()[0] == "told\n" and process.returncode == 0
