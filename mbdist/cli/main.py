@@ -11,6 +11,7 @@ import typer
 
 from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, status, train, tune
 from mbdist.errors import Interrupted, RunError, UserError
+from mbdist.train.ending import end_process
 from mbdist.train.stop_signals import remember_preemption
 
 _USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -36,6 +37,12 @@ app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")
 
 
+def _exit(code: int) -> None:
+    if "RANK" in os.environ:  # a worker, whose launcher reads the code
+        end_process(code)
+    sys.exit(code)
+
+
 def main() -> None:
     """Entry point: a mistake of the user's is one message and exit code 2, a failed run one message and exit code 1."""
     # transformers imports DeepSpeed where it is installed; without a GPU its search for one prints a warning.
@@ -46,21 +53,21 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except OSError as error:  # a full disk or a forbidden folder, wherever it strikes
         if error.errno not in _USERS_TO_MEND:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _exit(1)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
+        _exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit(130)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
         config = open_run_folder(config)
     else:
         config = config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve())})
-    from mbdist.train.environment import end_process, leave_group, pin_accelerator
+    from mbdist.train.ending import end_process
+    from mbdist.train.environment import leave_group, pin_accelerator
 
     pin_accelerator(config)
     from mbdist.train.trainer import run_worker

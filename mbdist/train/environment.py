@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -92,11 +90,3 @@ def _join_group(config: RunConfig, device: torch.device) -> None:
 def leave_group() -> None:
     """Close the process group while the interpreter still runs: gloo's threads, left to its end, may abort it."""
     dist.destroy_process_group()
-
-
-def end_process() -> NoReturn:
-    """End a worker that is done without taking the interpreter apart: native threads that still live then may abort,
-    and the launcher would count a finished worker as failed (seen once in some hundred runs)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
