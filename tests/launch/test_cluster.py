@@ -16,6 +16,9 @@ from mbdist.train.metrics import read_metrics
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}  # the cluster lets in who has it
 
+# A node that is gone is known to be after seconds.
+HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
+
 
 def free_port():
     with socket.socket() as probe:
@@ -27,7 +30,7 @@ def start_node(log, *arguments):
     """A process that has all processes of a node for children. One after the other: they choose ports."""
     command = ["ray", "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments]
     with log.open("w") as output:
-        node = subprocess.Popen(command, env=os.environ | TOKEN, stdout=output, stderr=subprocess.STDOUT)
+        node = subprocess.Popen(command, env=os.environ | TOKEN | HEALTH, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 60
     while "will now block" not in log.read_text():
         assert node.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -132,7 +135,7 @@ def test_a_submitted_job_shrinks_with_its_cluster_and_grows_again(tmp_path, llam
     command = ["mbdist", "job", "stop", job, "--address", address]
     subprocess.run(command, env=os.environ | TOKEN, check=True)
     output, _ = process.communicate(timeout=120)
-    assert "the same command goes on from there" in output, output[-3000:]
+    assert process.returncode == 75 and "the same command goes on from there" in output, output[-3000:]
     assert not any(secret in output for secret in ("hunter2", TOKEN["RAY_AUTH_TOKEN"]))
     assert "hunter2" not in (tmp_path / "run/config.yaml").read_text()
 
