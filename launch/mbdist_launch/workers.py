@@ -14,9 +14,9 @@ from pathlib import Path
 from mbdist.checkpoint import latest_checkpoint
 from mbdist.config import RunConfig
 from mbdist.errors import Interrupted, RunError, UserError
+from mbdist.train.ending import end_process
 from mbdist.train.finish import finish_run
-from mbdist.train.metrics import MetricsWriter
-from mbdist.train.run_folder import noting_how_it_ends, open_run_folder
+from mbdist.train.run_folder import note_end, noting_how_it_ends, open_run_folder
 from mbdist.train.stop_signals import on_stop_signals, stop_file
 from mbdist.train.watch import RunWatcher
 from mbdist_launch.ray_here import QUIET, start_ray_here
@@ -102,9 +102,9 @@ def _leave_if_nobody_works(config: RunConfig) -> None:
         time.sleep(1)
     saved = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     stopped = Interrupted(int(saved.name.removeprefix("step_")) if saved else 0)
-    MetricsWriter(Path(config.run_dir) / "metrics.jsonl").write("stopped", step=stopped.step)
-    print(stopped, file=sys.stderr, flush=True)
-    os._exit(os.EX_TEMPFAIL)
+    note_end(config, stopped)
+    print(stopped, file=sys.stderr)
+    end_process(os.EX_TEMPFAIL)
 
 
 def _use_gpus(config: RunConfig, gpus: int) -> bool:

@@ -76,12 +76,17 @@ def noting_how_it_ends(config: RunConfig) -> Iterator[None]:
     """Leave in the metrics file of an opened folder why the run did not come to its end."""
     try:
         yield
-    except Interrupted as stopped:
-        MetricsWriter(Path(config.run_dir) / "metrics.jsonl").write("stopped", step=stopped.step)
-        raise
     except Exception as error:
-        MetricsWriter(Path(config.run_dir) / "metrics.jsonl").write("failed", error=str(error))
+        note_end(config, error)
         raise
+
+
+def note_end(config: RunConfig, error: Exception) -> None:
+    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl")
+    if isinstance(error, Interrupted):
+        metrics.write("stopped", step=error.step)
+    else:
+        metrics.write("failed", error=str(error))
 
 
 def is_locked(folder: Path) -> bool:
