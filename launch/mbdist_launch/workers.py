@@ -159,7 +159,7 @@ def _worker(settings: dict) -> None:
 
     config = parse_config(settings["run"])
     pin_accelerator(config)
-    from mbdist.train.trainer import run_worker
+    from mbdist.train.worker import run_worker
 
     if not Path(config.run_dir).is_dir():
         raise RunError(f"{socket.gethostname()} has no run_dir {config.run_dir}: it must be on storage of all nodes")

@@ -39,7 +39,7 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     from mbdist.train.environment import leave_group, pin_accelerator
 
     pin_accelerator(config)
-    from mbdist.train.trainer import run_worker
+    from mbdist.train.worker import run_worker
 
     with contextlib.ExitStack() as around:
         if first:

@@ -1,4 +1,4 @@
-"""Finetunes a multi-Boolean model: one worker's part of a run."""
+"""Finetunes a multi-Boolean model: student, teacher, data and both optimizers of one worker."""
 
 from __future__ import annotations
 
@@ -28,56 +28,16 @@ from mbdist.model.layers import bits_per_weight, boolean_layers, is_scale
 from mbdist.model.loading import load_model, load_tokenizer
 from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
-from mbdist.train.environment import all_cores, compute_dtype, node_size, set_up_worker
+from mbdist.train.environment import compute_dtype, node_size
 from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, distillation_loss
 from mbdist.train.metrics import MetricsWriter
-from mbdist.train.prepare import preparation_key, prepare, student_source, teacher_source, wait_until_prepared
-from mbdist.train.run_folder import checkpoint_folder, go_on_from, starting_checkpoint
-from mbdist.train.stop_signals import StopRequest, stop_file
-from mbdist.train.trackers import check_installed, open_trackers
-from mbdist.train.watchdog import Watchdog
+from mbdist.train.prepare import preparation_key, student_source, teacher_source
+from mbdist.train.run_folder import checkpoint_folder
+from mbdist.train.stop_signals import StopRequest
 from mbdist_kernels import fold_key
 
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
-
-
-def run_worker(config: RunConfig) -> None:
-    """Everything that one of ``cluster.workers`` processes does, from joining the group to the saved model."""
-    device = set_up_worker(config)
-    communicator = Communicator(config.comm.timeout_s)
-    config = config.at_size(communicator.world_size)
-    metrics = MetricsWriter(Path(config.run_dir) / "metrics.jsonl", active=communicator.rank == 0)
-    stopping = StopRequest(stop_file(config.run_dir))
-
-    def stop_if_told() -> None:
-        if stopping.seen:
-            stopping.pass_on()
-            raise Interrupted(0)
-
-    communicator.activity.enter("preparing")
-    if communicator.rank == 0:
-        check_installed(config)
-        with all_cores():
-            prepare(config, metrics, between=stop_if_told)
-    else:
-        wait_until_prepared(config, between=stop_if_told)
-    found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
-    saved = Checkpoint(found, communicator.rank, communicator.world_size) if found is not None else None
-    trainer = Trainer(config, device, communicator, metrics, saved=saved, stopping=stopping)
-    if communicator.rank == 0:
-        go_on_from(config, found)
-        metrics.copy_to(open_trackers(config, trainer.first_step))
-    watchdog = Watchdog(config.train.hang_timeout_s, communicator.rank, communicator.activity)
-    if saved is None:
-        trainer.evaluate("float")
-        trainer.evaluate("converted")
-    if config.train.steps:
-        trainer.train()
-        trainer.evaluate("finetuned")
-    watchdog.stop()  # before files of any size are written
-    trainer.save()
-    trainer.close()
 
 
 def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: torch.dtype) -> None:
@@ -112,7 +72,7 @@ def load_parameters(saved: Checkpoint, student: PreTrainedModel) -> None:
 
 
 class Trainer:
-    """Student, teacher, data and both optimizers of one worker."""
+    """One worker's part of the training; all workers call its methods together."""
 
     def __init__(
         self,
