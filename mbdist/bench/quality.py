@@ -45,16 +45,18 @@ class Row:
 
     def depends_on(self, config: RunConfig) -> list:
         """What its result depends on; nothing of the optimizers and the loss where nothing is trained."""
-        sections = ["seed", "model", "convert", "data", "train"]
+        sections = ["seed", "model", "convert", "data"]
         codec = None
         if self.measure not in _NOT_TRAINED and config.train.steps > 0:
             sections += ["boolean", "floats", "loss"]
             codec = config.comm.codec
         if self.measure is measure_float:
             sections.remove("convert")
-        return [_FORMAT, self.group, self.name, self.arguments, codec, config.model_dump(include=set(sections))]
+        settings = config.model_dump(include=dict.fromkeys(sections, True) | {"train": _STEPS})
+        return [_FORMAT, self.group, self.name, self.arguments, codec, settings]
 
 
+_STEPS = {"steps", "sequences_per_step", "micro_batch", "max_grad_norm", "precision"}  # of `train`, what decides a row
 _ABLATION_WINDOWS = 128  # of the evaluation text, where rows are compared with each other alone
 _TEN_BLOCKS = ["*.[0-9].*"]  # of a model's blocks, whatever it calls them
 _NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
