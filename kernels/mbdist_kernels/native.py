@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -114,6 +115,8 @@ def _build(name: str, home: Path) -> None:
 def serves(*tensors: torch.Tensor) -> bool:
     """True where the accelerator is at hand and takes these tensors: on the CPU, rows contiguous, fp32, bf16, int8."""
     for tensor in tensors:
+        if isinstance(tensor, FakeTensor):  # has sizes, no memory: a plan counts it
+            return False
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16, torch.int8):
             return False
         if tensor.stride(-1) != 1 or (tensor.dtype == torch.bfloat16 and not tensor.is_contiguous()):

@@ -240,14 +240,7 @@ def _name_references(rows: list[dict]) -> None:
 
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:
     """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
-    values = config.model_dump(exclude_unset=True)
-    for dotted, value in changes.items():
-        *sections, key = dotted.split(".")
-        target = values
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[key] = value
-    changed = RunConfig.model_validate(values)
+    changed = config.changed(changes)
     start = _digest([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
     return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})
 

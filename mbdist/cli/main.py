@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, status, train, tune
+from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, plan, status, train, tune
 from mbdist.errors import Interrupted, RunError, UserError
 from mbdist.train.ending import end_process
 from mbdist.train.stop_signals import remember_preemption
@@ -28,6 +28,7 @@ app.command("convert")(convert.convert)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("tune")(tune.tune)
 app.command("env")(env.env)

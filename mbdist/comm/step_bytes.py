@@ -25,6 +25,7 @@ class TrainedModel:
     planes: int  # K
     trained_planes: int = 1  # that have accumulators, and signals, of their own
     other_floats: int = 0  # trained ones besides the scales
+    frozen_bytes: int = 0  # of floats that do not train
 
     @property
     def weights(self) -> int:
@@ -79,6 +80,8 @@ def step_bytes(
     if stage == 3:
         resident = {"none": 0, "frozen": model.planes - model.trained_planes, "all": model.planes}
         gathered = model.planes - resident[comm.resident_planes]
+        if comm.resident_floats == "none":
+            found["frozen floats"] = 2 * micro_batches * others * model.frozen_bytes
         found["planes"] = 2 * micro_batches * others * gathered * model.plane_bytes  # forward and backward
     return {phase: round(size) for phase, size in found.items()}
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from torch import nn
 
 from mbdist.config.schema import RunConfig
 
+SMALL_FLOATS = 100_000  # elements; stage 3 gathers trained floats up to this size once a step (DeepSpeed's own default)
+_LARGEST_REDUCE_BUCKET = 50_000_000  # elements
 
-def largest_block(model: nn.Module) -> int:
+
+def reduce_bucket(trained_floats: int) -> int:
+    """Elements of the buffer that DeepSpeed keeps for gradients on their way: all of them where they are few, as scales
+    are. Its own default is 2 GB of fp32, whatever trains."""
+    return max(1, min(trained_floats, _LARGEST_REDUCE_BUCKET))
+
+
+def largest_block(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
     """Elements of the parameters of the largest numbered block of a model: int32 words of planes, and floats."""
     sizes: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters:
         block = re.match(r".*?\.\d+\.", name)
         if block:
             sizes[block.group()] += getattr(parameter, "ds_numel", parameter.numel())
@@ -24,6 +34,7 @@ def deepspeed_config(
     config: RunConfig,
     device: str = "cpu",  # type of the workers' device
     block_elements: int = 0,  # of the largest block, as DeepSpeed counts them; 0: DeepSpeed's own settings
+    trained_floats: int = 0,  # elements; 0: DeepSpeed's own settings
 ) -> dict:
     zero = {
         "stage": config.cluster.zero_stage,
@@ -33,6 +44,8 @@ def deepspeed_config(
         "stage3_param_persistence_threshold": 0,
         "stage3_model_persistence_threshold": 0,
     }
+    if trained_floats:
+        zero["reduce_bucket_size"] = reduce_bucket(trained_floats)
     if block_elements and config.cluster.zero_stage == 3:
         # DeepSpeed counts elements. A word of 32 weights is one, so its defaults, which suit 16 bits a weight, would
         # gather dozens of packed blocks ahead: one block ahead, and no more than three alive.

@@ -47,7 +47,12 @@ class Engine:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
         )
-        settings = deepspeed_config(config, trained[0][1].device.type, largest_block(student))
+        settings = deepspeed_config(
+            config,
+            trained[0][1].device.type,
+            largest_block(student.named_parameters()),
+            sum(parameter.numel() for _, parameter in trained),
+        )
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )

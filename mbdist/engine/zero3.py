@@ -11,10 +11,8 @@ from torch import nn
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
+from mbdist.engine.deepspeed_config import SMALL_FLOATS
 from mbdist_kernels import xor_apply
-
-_SMALL = 100_000  # elements; DeepSpeed's own default
-
 
 def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Turn parameters into buffers of the same names, which ZeRO neither partitions nor gathers. (What DeepSpeed calls
@@ -31,7 +29,7 @@ def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> None:
     """Gather small trained floats, scales above all, once a step and not in every pass: what DeepSpeed calls
     persistent. Planes must not be: a gathered copy would not see the flips in its partitions."""
     for parameter in engine.module.parameters():
-        if parameter.requires_grad and parameter.ds_numel <= _SMALL:
+        if parameter.requires_grad and parameter.ds_numel <= SMALL_FLOATS:
             parameter.ds_persist = True
             engine.optimizer.persistent_parameters.append(parameter)
 

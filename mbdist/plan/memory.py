@@ -1,0 +1,191 @@
+"""Memory of a worker, by category, from the sizes of a run's model and the real code on fake tensors.
+
+What stays between steps is counted tensor by tensor, cut as ZeRO cuts it. Activations are those that a real forward
+pass keeps; the temporaries are the peak of a real backward pass through the last block, where all other activations
+are still there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mbdist.config.schema import CommConfig, RunConfig
+from mbdist.convert.calibration import block_names
+from mbdist.engine.deepspeed_config import SMALL_FLOATS, largest_block, reduce_bucket
+from mbdist.model.layers import boolean_layers
+from mbdist.optim.boolean import BooleanOptimizer
+from mbdist.plan.fake import LiveMemory, with_fake_tensors
+from mbdist.plan.model import PlannedModel
+from mbdist.plan.paper_communicator import PaperCommunicator
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one worker."""
+
+    kept: dict[str, int]  # between steps, by category
+    passing: dict[str, int]  # at the fullest moment of a step, besides
+
+    @property
+    def total(self) -> int:
+        return sum(self.kept.values()) + sum(self.passing.values())
+
+    def categories(self) -> dict[str, int]:
+        return {**self.kept, **self.passing}
+
+
+def plan_memory(planned: PlannedModel, workers: int, dtype: torch.dtype) -> MemoryPlan:
+    """Of worker 0 of ``workers``, which compute in ``dtype``. On a GPU: what torch allocates; on a CPU: what the
+    process holds besides the interpreter and its libraries."""
+    return with_fake_tensors(lambda memory: _plan(planned, workers, dtype, memory))
+
+
+def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, memory: LiveMemory) -> MemoryPlan:
+    config = planned.config.at_size(workers)
+    teacher = planned.teacher_bytes(dtype)
+    student = planned.student(dtype)
+    boolean = _optimizer(student, config, workers)
+    kept = {
+        **_parameter_bytes(student, boolean, config, workers),
+        **boolean.state_bytes(),
+        "teacher": teacher,
+    }
+    gathered = _gathered_bytes(student, boolean, config, dtype) if config.cluster.zero_stage == 3 else 0
+    activations, temporaries = _activation_bytes(student, boolean, config, dtype, memory)
+    largest = max(layer.num_weights for layer in boolean.layers.values())
+    passing = {
+        "activations": activations,
+        "temporaries": temporaries,
+        "logits": _logits_bytes(config, planned, dtype),
+        "scratch": largest * dtype.itemsize,
+        "gathered": gathered,
+        "communication": _communication_bytes(boolean, config.comm, workers),
+    }
+    return MemoryPlan(kept, passing)
+
+
+def _optimizer(student: PreTrainedModel, config: RunConfig, workers: int) -> BooleanOptimizer:
+    """As after its first step: in that it only measures."""
+    boolean = BooleanOptimizer(
+        dict(boolean_layers(student)),
+        config.boolean,
+        config.comm,
+        PaperCommunicator(workers),
+        total_steps=config.train.steps,
+        micro_batches=config.accumulation,
+        seed=config.seed,
+    )
+    boolean.curvature.steps = 1
+    return boolean
+
+
+def _resident(config: RunConfig, boolean: BooleanOptimizer) -> set[int]:
+    """ids of planes that stay whole under stage 3."""
+    kind = config.comm.resident_planes
+    trained = {id(entry.layer.planes[k]) for entry in boolean.accumulated for k in entry.planes}
+    planes = [plane for layer in boolean.layers.values() for plane in layer.planes]
+    return {id(plane) for plane in planes if kind == "all" or (kind == "frozen" and id(plane) not in trained)}
+
+
+def _parameter_bytes(
+    student: PreTrainedModel, boolean: BooleanOptimizer, config: RunConfig, workers: int
+) -> dict[str, int]:
+    """Planes, floats, and what DeepSpeed keeps of the trained floats."""
+    stage = config.cluster.zero_stage
+    resident = _resident(config, boolean)
+
+    def part(count: int) -> int:
+        return -(-count // workers)
+
+    found = dict.fromkeys(("planes", "frozen_floats", "trained_floats_and_moments", "gradients"), 0)
+    trained = 0
+    for parameter in student.parameters():
+        whole = stage < 3 or id(parameter) in resident
+        if parameter.dtype == torch.int32:
+            found["planes"] += _FP32 * (parameter.numel() if whole else part(parameter.numel()))
+        elif not parameter.requires_grad:
+            whole = stage < 3 or config.comm.resident_floats == "frozen"
+            count = parameter.numel() if whole else part(parameter.numel())
+            found["frozen_floats"] += parameter.element_size() * count
+        else:
+            trained += parameter.numel()
+            if stage == 3:
+                persistent = parameter.numel() if parameter.numel() <= SMALL_FLOATS else 0
+                found["trained_floats_and_moments"] += _FP32 * (part(parameter.numel()) + persistent)
+    own = trained if stage == 0 else part(trained)
+    values = 0 if stage == 3 else trained
+    masters = 0 if stage == 0 else own
+    found["trained_floats_and_moments"] += _FP32 * (values + masters + 2 * own)
+    bucket = 0 if stage == 0 else reduce_bucket(trained)
+    found["gradients"] = _FP32 * ((trained if stage < 2 else own) + bucket)
+    return found
+
+
+def _gathered_bytes(
+    student: PreTrainedModel, boolean: BooleanOptimizer, config: RunConfig, dtype: torch.dtype
+) -> int:
+    """Under stage 3, at the most: the blocks that DeepSpeed may hold at a time, or what lies outside of blocks."""
+    resident = _resident(config, boolean)
+    frozen_stay = config.comm.resident_floats == "frozen"
+
+    def moves(parameter: nn.Parameter) -> bool:
+        if parameter.dtype == torch.int32:
+            return id(parameter) not in resident
+        if not parameter.requires_grad:
+            return not frozen_stay
+        return parameter.numel() > SMALL_FLOATS
+
+    gathered = [(name, p) for name, p in student.named_parameters() if moves(p)]
+    block = largest_block(gathered)
+    embeddings = {id(m.weight) for m in (student.get_input_embeddings(), student.get_output_embeddings()) if m}
+    outside = max((p.nbytes for _, p in gathered if id(p) in embeddings), default=0)
+    return max(2 * _FP32 * block, outside)
+
+
+def _activation_bytes(
+    student: PreTrainedModel,
+    boolean: BooleanOptimizer,
+    config: RunConfig,
+    dtype: torch.dtype,
+    memory: LiveMemory,
+) -> tuple[int, int]:
+    """(kept by a forward pass of the body for backward, the most that backward needs besides)."""
+    student.train()
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    before_last: list[torch.Tensor] = []
+    last_block = student.get_submodule(block_names(student, boolean.layers)[-1])
+    ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)
+    held = memory.restart_peak()
+    hook = last_block.register_forward_pre_hook(
+        lambda _block, args, kwargs: before_last.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        states = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hook.remove()
+    kept = memory.restart_peak() - held
+    torch.autograd.grad(states, before_last[0], torch.ones_like(states), allow_unused=True)
+    boolean.finish_micro_batch()
+    return kept, max(0, memory.peak_bytes - held - kept)
+
+
+def _communication_bytes(boolean: BooleanOptimizer, comm: CommConfig, workers: int) -> int:
+    """Buckets: one that fills, and sent and received ones on the wire."""
+    if workers == 1:
+        return 0
+    messages = [4 * workers * boolean.reduction.codec.message_words(entry.segments) for entry in boolean.accumulated]
+    bucket = max(comm.bucket_bytes, max(messages))
+    return min(2 * sum(messages), bucket * (1 + 2 * comm.in_flight))
+
+
+def _logits_bytes(config: RunConfig, planned: PlannedModel, dtype: torch.dtype) -> int:
+    """Of the student, their gradient, and of the teacher."""
+    copies = 2 + (planned.teacher is not None)
+    tokens = config.train.micro_batch * config.data.window
+    return copies * tokens * planned.vocabulary * dtype.itemsize

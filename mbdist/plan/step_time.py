@@ -1,0 +1,85 @@
+"""Seconds of a step on paper: products at the rate that a GPU reaches, bytes at the rate of the links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mbdist.comm.step_bytes import TrainedModel, step_bytes
+from mbdist.config.schema import RunConfig
+from mbdist.model.layers import boolean_layers
+from mbdist.plan.fake import with_fake_tensors
+from mbdist.plan.hardware import Gpu
+from mbdist.plan.model import PlannedModel
+
+_FLIP_RATE = 1e-4  # flips a weight and step, at the most, in runs that were measured
+_PAIRWISE = ("signal", "signal_in_node")  # every worker to every other one; all else goes round in rings
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step."""
+
+    tokens: int  # of the global batch
+    sent: dict[str, int]  # bytes that a worker sends, by phase
+    compute_s: float
+    communication_s: float  # if nothing of it overlapped with computing
+
+
+def trained_model(planned: PlannedModel) -> TrainedModel:
+    """What of the model crosses the wire."""
+
+    def count(_memory) -> TrainedModel:
+        student = planned.student(torch.bfloat16)
+        layers = [layer for _, layer in boolean_layers(student)]
+        floats = [p for p in student.parameters() if p.is_floating_point()]
+        scales = sum(layer.scale_out.numel() + layer.scale_in.numel() for layer in layers)
+        return TrainedModel(
+            [(layer.out_features, layer.in_features) for layer in layers],
+            max(layer.num_planes for layer in layers),
+            other_floats=sum(p.numel() for p in floats if p.requires_grad) - scales,
+            frozen_bytes=sum(p.nbytes for p in floats if not p.requires_grad),
+        )
+
+    return with_fake_tensors(count)
+
+
+def plan_step(
+    planned: PlannedModel,
+    workers: int,
+    workers_a_machine: int,
+    gpu: Gpu,
+    link_rate: float,  # bytes a second between a machine and the others
+) -> StepPlan:
+    """Of a run on so many workers, one a GPU."""
+    config = planned.config.at_size(workers)
+    model = trained_model(planned)
+    sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation, _FLIP_RATE)
+    return StepPlan(
+        config.tokens_per_step,
+        sent,
+        _flops(planned, model, config) / workers / gpu.reached_flops,
+        sum(_seconds(phase, size, workers, workers_a_machine, gpu, link_rate) for phase, size in sent.items()),
+    )
+
+
+def _flops(planned: PlannedModel, model: TrainedModel, config: RunConfig) -> float:
+    """Of a global batch: products with the matrices and the head, attention between half of all pairs of tokens."""
+    text = planned.architecture.get_text_config(decoder=True)
+    head = text.hidden_size * text.vocab_size
+    attention = 2 * text.num_hidden_layers * text.hidden_size * config.data.window
+    forward = 2 * (model.weights + head) + attention
+    passes = 3 + config.train.activation_checkpointing + (planned.teacher is not None)
+    return passes * forward * config.tokens_per_step
+
+
+def _seconds(phase: str, size: int, workers: int, workers_a_machine: int, gpu: Gpu, link_rate: float) -> float:
+    """``size``: bytes that each worker sends. Between machines a ring crosses a link once; of pairwise messages those
+    of all workers of a machine share it."""
+    if workers <= workers_a_machine or phase == "signal_in_node":
+        return size / gpu.link_rate
+    if phase not in _PAIRWISE:
+        return size / min(link_rate, gpu.link_rate)
+    leaving = size * (workers - workers_a_machine) / (workers - 1)
+    return max(leaving * workers_a_machine / link_rate, size / gpu.link_rate)
