@@ -25,7 +25,7 @@ class TrainedModel:
     planes: int  # K
     trained_planes: int = 1  # that have accumulators, and signals, of their own
     other_floats: int = 0  # trained ones besides the scales
-    frozen_bytes: int = 0  # of floats that do not train
+    frozen_gathered: int = 0  # bytes of frozen floats that stage 3 gathers for a micro-batch
 
     @property
     def weights(self) -> int:
@@ -55,6 +55,7 @@ def step_bytes(
     comm: CommConfig,  # node_size as a number or None
     micro_batches: int = 1,  # a rank
     flip_rate: float = 0.0,  # flips a trained weight in this step
+    recompute: bool = False,  # activation checkpointing: blocks go forward twice
 ) -> dict[str, int]:
     """{phase: bytes that a rank sends}; phases as in metrics.jsonl, DeepSpeed's by what they carry."""
     others = (ranks - 1) / ranks
@@ -81,8 +82,9 @@ def step_bytes(
         resident = {"none": 0, "frozen": model.planes - model.trained_planes, "all": model.planes}
         gathered = model.planes - resident[comm.resident_planes]
         if comm.resident_floats == "none":
-            found["frozen floats"] = 2 * micro_batches * others * model.frozen_bytes
-        found["planes"] = 2 * micro_batches * others * gathered * model.plane_bytes  # forward and backward
+            found["frozen floats"] = micro_batches * others * model.frozen_gathered
+        passes = 2 + recompute  # forward and backward
+        found["planes"] = passes * micro_batches * others * gathered * model.plane_bytes
     return {phase: round(size) for phase, size in found.items()}
 
 

@@ -30,14 +30,19 @@ class MemoryPlan:
     """Bytes of one worker."""
 
     kept: dict[str, int]  # between steps, by category
-    passing: dict[str, int]  # at the fullest moment of a step, besides
+    activations: int  # that wait for backward when forward ends
+    loss: dict[str, int]  # besides, while the loss is computed
+    backward: dict[str, int]  # besides, in the last block's backward
 
     @property
     def total(self) -> int:
-        return sum(self.kept.values()) + sum(self.passing.values())
+        """At the fullest moment of a step."""
+        return sum(self.categories().values())
 
     def categories(self) -> dict[str, int]:
-        return {**self.kept, **self.passing}
+        """What is held at the fullest moment."""
+        fuller = max(self.loss, self.backward, key=lambda moment: sum(moment.values()))
+        return {**self.kept, "activations": self.activations, **fuller}
 
 
 def plan_memory(planned: PlannedModel, workers: int, dtype: torch.dtype) -> MemoryPlan:
@@ -56,18 +61,20 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, memory: LiveM
         **boolean.state_bytes(),
         "teacher": teacher,
     }
-    gathered = _gathered_bytes(student, boolean, config, dtype) if config.cluster.zero_stage == 3 else 0
+    block, outside = _gathered_bytes(student, boolean, config) if config.cluster.zero_stage == 3 else (0, 0)
     activations, temporaries = _activation_bytes(student, boolean, config, dtype, memory)
     largest = max(layer.num_weights for layer in boolean.layers.values())
-    passing = {
-        "activations": activations,
-        "temporaries": temporaries,
-        "logits": _logits_bytes(config, planned, dtype),
-        "scratch": largest * dtype.itemsize,
-        "gathered": gathered,
-        "communication": _communication_bytes(boolean, config.comm, workers),
-    }
-    return MemoryPlan(kept, passing)
+    kept["scratch"] = largest * dtype.itemsize
+    return MemoryPlan(
+        kept,
+        activations,
+        loss={"logits": _logits_bytes(config, planned, dtype), "gathered": outside},
+        backward={
+            "temporaries": temporaries,
+            "gathered": block,
+            "communication": _communication_bytes(boolean, config.comm, workers),
+        },
+    )
 
 
 def _optimizer(student: PreTrainedModel, config: RunConfig, workers: int) -> BooleanOptimizer:
@@ -127,10 +134,8 @@ def _parameter_bytes(
     return found
 
 
-def _gathered_bytes(
-    student: PreTrainedModel, boolean: BooleanOptimizer, config: RunConfig, dtype: torch.dtype
-) -> int:
-    """Under stage 3, at the most: the blocks that DeepSpeed may hold at a time, or what lies outside of blocks."""
+def _gathered_bytes(student: PreTrainedModel, boolean: BooleanOptimizer, config: RunConfig) -> tuple[int, int]:
+    """Under stage 3: (of the blocks that DeepSpeed may hold at a time, of the largest parameter outside of blocks)."""
     resident = _resident(config, boolean)
     frozen_stay = config.comm.resident_floats == "frozen"
 
@@ -145,7 +150,7 @@ def _gathered_bytes(
     block = largest_block(gathered)
     embeddings = {id(m.weight) for m in (student.get_input_embeddings(), student.get_output_embeddings()) if m}
     outside = max((p.nbytes for _, p in gathered if id(p) in embeddings), default=0)
-    return max(2 * _FP32 * block, outside)
+    return 2 * _FP32 * block, outside
 
 
 def _activation_bytes(

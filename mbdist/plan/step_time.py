@@ -35,11 +35,18 @@ def trained_model(planned: PlannedModel) -> TrainedModel:
         layers = [layer for _, layer in boolean_layers(student)]
         floats = [p for p in student.parameters() if p.is_floating_point()]
         scales = sum(layer.scale_out.numel() + layer.scale_in.numel() for layer in layers)
+        embedding = student.get_input_embeddings().weight
+        # Backward passes nothing on to frozen embeddings, unless checkpoints ask for gradients of their outputs.
+        backward = planned.config.train.activation_checkpointing
+        uses = {id(p): 2 for p in floats if not p.requires_grad}
+        if id(embedding) in uses:
+            tied = student.get_output_embeddings().weight is embedding
+            uses[id(embedding)] = 1 + backward + 2 * tied
         return TrainedModel(
             [(layer.out_features, layer.in_features) for layer in layers],
             max(layer.num_planes for layer in layers),
             other_floats=sum(p.numel() for p in floats if p.requires_grad) - scales,
-            frozen_bytes=sum(p.nbytes for p in floats if not p.requires_grad),
+            frozen_gathered=sum(uses.get(id(p), 0) * p.nbytes for p in floats),
         )
 
     return with_fake_tensors(count)
@@ -55,7 +62,15 @@ def plan_step(
     """Of a run on so many workers, one a GPU."""
     config = planned.config.at_size(workers)
     model = trained_model(planned)
-    sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation, _FLIP_RATE)
+    sent = step_bytes(
+        model,
+        workers,
+        config.cluster.zero_stage,
+        config.comm,
+        config.accumulation,
+        _FLIP_RATE,
+        config.train.activation_checkpointing,
+    )
     return StepPlan(
         config.tokens_per_step,
         sent,

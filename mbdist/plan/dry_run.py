@@ -1,0 +1,98 @@
+"""A run's start and its first pass with workers and tensors that are fake: the real engine, optimizer and codecs, what
+worker 0 would hold and send. DeepSpeed partitions as it would; nothing is computed.
+
+In a process of its own: the process group and DeepSpeed's settings are the process's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mbdist.bench.process import in_own_process
+from mbdist.comm.communicator import Communicator
+from mbdist.config.schema import RunConfig
+from mbdist.plan.fake import LiveMemory, with_fake_tensors
+from mbdist.plan.memory import MemoryPlan
+from mbdist.plan.model import PlannedModel, planned_model
+
+
+class _AgreeingCommunicator(Communicator):
+    """Its collectives go to the fake process group. Objects cannot: their sizes would have to be read."""
+
+    def all_gather_objects(self, value, phase):
+        return [value] * self.world_size
+
+
+def dry_run(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
+    """Of worker 0: ``kept`` and ``peak``, bytes; ``sent``, bytes of one micro-batch by phase, DeepSpeed's by operation;
+    ``buckets``: how many leave; ``seconds`` that the dry run took."""
+    return in_own_process(_dry_run, planned.config.at_size(workers), str(dtype).removeprefix("torch."))
+
+
+def _dry_run(config: RunConfig, dtype_name: str) -> dict:
+    workers, started = config.cluster.most_workers, time.perf_counter()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(workers), DS_ACCELERATOR="cpu")
+    dist.init_process_group("fake", rank=0, world_size=workers, store=FakeStore())
+    # Learning rates relative to sizes need the values of the scales.
+    config = config.changed({"floats.relative_lr": False})
+    found = with_fake_tensors(lambda memory: _start_and_step(config, getattr(torch, dtype_name), memory))
+    return {**found, "seconds": time.perf_counter() - started}
+
+
+def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -> dict:
+    from mbdist.engine import Engine
+    from mbdist.model.layers import boolean_layers
+    from mbdist.optim import BooleanOptimizer
+
+    workers = config.cluster.most_workers
+    student = planned_model(config).student(dtype)
+    student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
+    student.train()
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    communicator = _AgreeingCommunicator(config.comm.timeout_s)
+    boolean = BooleanOptimizer(
+        dict(boolean_layers(student)),
+        config.boolean,
+        config.comm,
+        communicator,
+        total_steps=config.train.steps,
+        micro_batches=config.accumulation,
+        seed=config.seed,
+        gradient_scale=workers,
+    )
+    engine = Engine(student, boolean, config, communicator)
+    boolean.curvature.steps = 1  # the first step only measures
+    moments = 2 * sum(p.nbytes for group in engine.optimizer.param_groups for p in group["params"])
+    kept = memory.restart_peak() + moments
+    ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = engine.forward(input_ids=ids, use_cache=False).logits
+    engine.backward(logits.mean())
+    boolean.finish_micro_batch()
+    communicator.all_reduce_sum(boolean.curvature.sums, "statistics")  # whether it is finite cannot be asked here
+    return {
+        "kept": kept,
+        "peak": memory.peak_bytes + moments,
+        "sent": {**communicator.bytes_sent, **engine.take_communication()},
+    }
+
+
+def show_dry_run(
+    console: Console, planned: PlannedModel, workers: int, dtype: torch.dtype, plan: MemoryPlan
+) -> None:
+    """Run it and print it beside the plan."""
+    found = dry_run(planned, workers, dtype)
+    table = Table(f"dry run, {found['seconds']:.0f} s", "GiB", "planned")
+    table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{sum(plan.kept.values()) / 2**30:,.2f}")
+    table.add_row("at the fullest moment", f"{found['peak'] / 2**30:,.2f}", f"{plan.total / 2**30:,.2f}")
+    for phase, size in found["sent"].items():
+        table.add_row(f"sent: {phase.replace('_', ' ')}", f"{size / 2**30:,.3f}", "")
+    console.print(table)
