@@ -33,17 +33,15 @@ def cache(
     Example: `mbdist teacher cache run.yaml -o caches/wikitext --workers 8`
     """
     import os
-    import subprocess
     import sys
 
     from mbdist.config import load_config
 
     config = load_config(run, overrides or [])
     if workers > 1 and "RANK" not in os.environ:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
         arguments = [run, *(overrides or []), *(["-o", str(output)] if output is not None else [])]
-        command = [sys.executable, *torchrun, "-m", "mbdist.cli.main", "teacher", "cache", *arguments]
-        raise typer.Exit(subprocess.run(command).returncode)
+        command = [sys.executable, "-m", "mbdist.cli.main", "teacher", "cache", *arguments]
+        raise typer.Exit(_run_here(command, workers))
     if output is not None:
         path = config.loss.cache.model_copy(update={"path": str(output)})
         config = config.model_copy(update={"loss": config.loss.model_copy(update={"cache": path})})
@@ -72,3 +70,30 @@ def cache(
     leave_group()
     if started_by_launcher:
         end_process()
+
+
+def _run_here(command: list[str], workers: int) -> int:
+    """Run a command as that many workers on this machine; the exit code of the first that fails, which ends all."""
+    import os
+    import socket
+    import subprocess
+    import time
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = []
+    try:
+        for rank in range(workers):
+            place = {key: str(value) for key, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            running.append(subprocess.Popen(command, env=os.environ | place))
+        codes = [worker.poll() for worker in running]
+        while None in codes and not any(codes):
+            time.sleep(0.2)
+            codes = [worker.poll() for worker in running]
+        return next((code for code in codes if code), 0)
+    finally:
+        for worker in running:
+            worker.terminate()
+            worker.wait()

@@ -248,12 +248,13 @@ class LossConfig(_Section):
     itself, of four planes say: its planes stay packed in memory."""
     teacher_placement: Literal["resident", "sharded"] = "resident"
     """`resident`: every worker holds the teacher. `sharded`: ZeRO-3 partitions it over the workers, each of which
-    gathers a block at a time."""
+    gathers a block at a time. With `cached`: of `mbdist teacher cache`."""
     cache: TeacherCacheConfig = TeacherCacheConfig()
     """With `teacher: cached`, and for `mbdist teacher cache`."""
     chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits exist at a time, of student and teacher each; null: as many as fit into 64 MiB of fp32 on a
-    CPU, 256 MiB on a GPU. A model that does more than apply its head to the last hidden state gives whole logits."""
+    """Tokens whose logits exist at a time in a training step, of student and teacher each; null: as many as fit into
+    64 MiB of fp32 on a CPU, 256 MiB on a GPU. A model that does more than apply its head to the last hidden state
+    (soft caps, scales) gives whole logits."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of KL(teacher || student)."""
     kl_reduction: Literal["per_token", "batchmean"] = "per_token"

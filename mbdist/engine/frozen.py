@@ -50,9 +50,6 @@ class PartitionedModel:
         """While it is open, the parameters of one module are whole on every rank."""
         return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
-    def close(self) -> None:
-        self.engine.destroy()
-
 
 def _settings(dtype: torch.dtype) -> dict:
     return {

@@ -81,6 +81,8 @@ def _wait(group: dist.ProcessGroup | None) -> None:
 def _open_folder(folder: Path, header: CacheHeader) -> None:
     """Leave the header in the folder, or see that the one there is of the same cache."""
     folder.mkdir(parents=True, exist_ok=True)
+    for interrupted in folder.glob(".*.tmp-*"):
+        interrupted.unlink()
     there = CacheHeader.read(folder)
     if there is not None:
         there.check_against(header.facts, folder)
@@ -140,7 +142,10 @@ def _top_tokens(
         for chunk in head.chunks(rows, None):
             logits = head.logits(rows[chunk])
             for block in blocks(logits):
-                found.append(TopTokens.of((logits[block].float() / temperature).log_softmax(-1), top_k))
+                log_q = (logits[block].float() / temperature).log_softmax(-1)
+                if not torch.isfinite(log_q).all():
+                    raise UserError("the teacher's logits are not finite: use train.precision=fp32, or another model")
+                found.append(TopTokens.of(log_q, top_k))
         return states
 
     teacher.read(input_ids, read)

@@ -194,7 +194,7 @@ class Trainer:
     def _autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _student(self, input_ids: torch.Tensor, read: Read, hidden: bool = False):
+    def read_student(self, input_ids: torch.Tensor, read: Read, hidden: bool = False):
         """(the student's output, what ``read`` found in its last states)."""
         with self._autocast():
             return self.readout(self.engine.forward, read, input_ids, use_cache=False, output_hidden_states=hidden)
@@ -210,7 +210,7 @@ class Trainer:
             return known
         self.engine.module.eval()
         found = evaluate(
-            self.teacher.read if name == "float" else lambda ids, read: self._student(ids, read)[1],
+            self.teacher.read if name == "float" else lambda ids, read: self.read_student(ids, read)[1],
             self.corpus.eval,
             self.config.train.eval_batch,
             self.communicator,
@@ -352,7 +352,7 @@ class Trainer:
         def read(states: torch.Tensor, head: Head) -> torch.Tensor:
             return token_loss(states, head, lesson, batch.input_ids, batch.learned, loss, targets, sequences)
 
-        output, (total, kl, cross_entropy) = self._student(batch.input_ids, read, hidden)
+        output, (total, kl, cross_entropy) = self.read_student(batch.input_ids, read, hidden)
         if hidden:
             total = total + hidden_loss(output.hidden_states[1:], lesson.hidden_states, batch.learned, loss, targets)
         return LossTerms(total, kl.item(), cross_entropy.item())

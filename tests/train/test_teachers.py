@@ -147,18 +147,18 @@ def write_cache_by_command(settings, folder, output, *arguments):
 @pytest.mark.slow
 def test_workers_write_a_cache_together_and_a_run_learns_from_it(tmp_path, llama_folder):
     settings = models.run_settings(tmp_path / "run", llama_folder, train={"steps": 8}, floats={"lr": 2e-2})
-    settings["loss"] = {"cache": {"top_k": 64, "path": str(tmp_path / "cache")}, "teacher_placement": "sharded"}
-    done = write_cache_by_command(settings, tmp_path, tmp_path / "cache", "--workers", "2")
+    settings["loss"] = {"cache": {"top_k": 64, "path": str(tmp_path / "taught")}, "teacher_placement": "sharded"}
+    done = write_cache_by_command(settings, tmp_path, tmp_path / "taught", "--workers", "2")
     assert done.returncode == 0, done.stderr[-3000:]
-    parts = {file.name: file.read_bytes() for file in (tmp_path / "cache").glob("*.safetensors")}
-    header = CacheHeader.read(tmp_path / "cache")
+    parts = {file.name: file.read_bytes() for file in (tmp_path / "taught").glob("*.safetensors")}
+    header = CacheHeader.read(tmp_path / "taught")
     assert len(parts) == header.num_parts > 60
     removed = sorted(parts)[5]
-    (tmp_path / "cache" / removed).unlink()
+    (tmp_path / "taught" / removed).unlink()
     settings["loss"]["teacher_placement"] = "resident"
-    done = write_cache_by_command(settings, tmp_path, tmp_path / "cache")  # goes on, with one worker
+    done = write_cache_by_command(settings, tmp_path, tmp_path / "taught")  # goes on, with one worker
     assert done.returncode == 0 and "196 bytes a token" in done.stdout, done.stdout + done.stderr[-3000:]
-    assert {file.name: file.read_bytes() for file in (tmp_path / "cache").glob("*.safetensors")} == parts
+    assert {file.name: file.read_bytes() for file in (tmp_path / "taught").glob("*.safetensors")} == parts
     settings["loss"] = {"cache": settings["loss"]["cache"], "teacher": "cached"}
     run_in_process(settings, tmp_path)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
