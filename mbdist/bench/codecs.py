@@ -37,7 +37,7 @@ def bench_codecs(config: RunConfig, json_file: Path | None) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         model = config.model.model_copy(update={"path": f"{scratch}/float", "gguf_file": None})
         base = config.model_copy(update={"run_dir": scratch, "model": model})
-        in_own_process(_train_small_model, base)
+        in_own_process(train_small_model, base)
         for name, changes in _VARIANTS:
             found = in_own_process(_measure, changed_config(base, {"comm.codec": "fp32", **changes}))
             rows.append({"codec": name, **found})
@@ -52,7 +52,7 @@ def bench_codecs(config: RunConfig, json_file: Path | None) -> list[dict]:
     return rows
 
 
-def _train_small_model(config: RunConfig) -> dict:
+def train_small_model(config: RunConfig) -> dict:
     """A LLaMA of 0.66 M linear weights with a tokenizer of its own, left in ``config.model.path``."""
     import torch
     import transformers

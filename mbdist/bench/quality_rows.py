@@ -109,24 +109,30 @@ def measure_from_scratch(config: RunConfig, folder: str) -> dict:
 def train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
     """Next-token loss, AdamW, the run's schedule and batches; the seconds of every step."""
     from mbdist.data import Batches
-    from mbdist.train.loss import distillation_loss
+    from mbdist.train.loss import token_loss
+    from mbdist.train.readout import reader_of
 
     corpus = _corpus(config)
     batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     loss_config = config.loss.model_copy(update={"teacher": "none", "hidden": "none", "cross_entropy_weight": 1.0})
+    read_model = reader_of(model, torch.device("cpu"), torch.bfloat16)
     seconds = []
     for step in range(steps):
         started = time.perf_counter()
         micro_batches = [batches.micro_batch_at(step, a) for a in range(config.accumulation)]
         targets = sum(int(batch.learned[:, 1:].sum()) for batch in micro_batches)
         for batch in micro_batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=batch.input_ids, use_cache=False).logits
-            loss = distillation_loss(
-                logits, None, batch.input_ids, batch.learned, loss_config, targets, config.train.sequences_per_step
+            read = partial(
+                token_loss,
+                lesson=None,
+                input_ids=batch.input_ids,
+                learned=batch.learned,
+                config=loss_config,
+                num_targets=targets,
+                num_sequences=config.train.sequences_per_step,
             )
-            loss.total.backward()
+            read_model(batch.input_ids, read)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * warmup_cosine(step, steps, config.floats.warmup_fraction)
@@ -193,19 +199,21 @@ def _measure(config: RunConfig, model: nn.Module, windows, kl: bool = True) -> d
     """Perplexity on all windows, KL to the float model on the first ones unless there is none."""
     from mbdist.comm.communicator import Communicator
     from mbdist.train.environment import choose_device, compute_dtype
-    from mbdist.train.evaluate import evaluate, logits_of
+    from mbdist.train.evaluate import evaluate
+    from mbdist.train.readout import reader_of
+    from mbdist.train.teachers import LiveTeacher
 
     device = choose_device(config.cluster)
     dtype = compute_dtype(config.train.precision, device)
 
     batch, communicator = config.train.eval_batch, Communicator()
-    student = logits_of(model, device, dtype)
+    student = reader_of(model, device, dtype)
     known = min(_KL_WINDOWS, len(windows)) if kl else 0
     logs, divergence = 0.0, None
     if known:
         teacher = _load_float(config).to(device, dtype).eval()
-        taught = logits_of(teacher, device, dtype)
-        near = evaluate(student, windows.select(range(known)), batch, communicator, device, taught)
+        teach = LiveTeacher(teacher, device, dtype).teach
+        near = evaluate(student, windows.select(range(known)), batch, communicator, device, teach)
         logs, divergence = math.log(near.perplexity) * known, near.kl
     if known < len(windows):
         far = evaluate(student, windows.select(range(known, len(windows))), batch, communicator, device)

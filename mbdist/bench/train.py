@@ -127,6 +127,8 @@ class DenseTrainer:
         from mbdist.model.loading import load_model, load_tokenizer
         from mbdist.train.environment import compute_dtype
         from mbdist.train.prepare import teacher_source
+        from mbdist.train.readout import Readout
+        from mbdist.train.teachers import live_teacher
         from mbdist.train.trainer import choose_trained_floats
 
         communicator = Communicator(config.comm.timeout_s)
@@ -141,7 +143,8 @@ class DenseTrainer:
             layer.requires_grad_(True)
         self.linear_weights = sum(layer.weight.numel() for layer in linear)
         source = teacher_source(config)
-        self.teacher = load_model(source, dtype).to(device) if source is not None else None
+        self.teacher = live_teacher(source, "resident", device, dtype) if source is not None else None
+        self.readout = Readout(student)
         self.engine = DenseEngine(student, config)
         corpus = load_corpus(config.data, load_tokenizer(config.model))
         ranks = (communicator.rank, communicator.world_size)
@@ -151,15 +154,20 @@ class DenseTrainer:
 
     def step(self, number: int) -> None:
         """One step of one micro-batch a rank."""
-        import torch
+        from functools import partial
 
-        from mbdist.train.loss import distillation_loss
+        from mbdist.train.loss import token_loss
 
-        batch = self.batches.micro_batch_at(number, 0)
-        ids, learned = batch.input_ids.to(self.device), batch.learned.to(self.device)
-        with torch.no_grad():
-            taught = self.teacher(input_ids=ids, use_cache=False).logits if self.teacher is not None else None
-        logits = self.engine.forward(input_ids=ids, use_cache=False).logits
-        targets = int(learned[:, 1:].sum())
-        self.engine.backward(distillation_loss(logits, taught, ids, learned, self.config.loss, targets, len(ids)).total)
+        batch = self.batches.micro_batch_at(number, 0).to(self.device)
+        read = partial(
+            token_loss,
+            lesson=self.teacher.teach(batch) if self.teacher is not None else None,
+            input_ids=batch.input_ids,
+            learned=batch.learned,
+            config=self.config.loss,
+            num_targets=int(batch.learned[:, 1:].sum()),
+            num_sequences=len(batch.input_ids),
+        )
+        _, (loss, _, _) = self.readout(self.engine.forward, read, batch.input_ids, use_cache=False)
+        self.engine.backward(loss)
         self.engine.step()

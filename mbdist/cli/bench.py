@@ -146,6 +146,25 @@ def codecs(
 
 
 @app.command()
+def teachers(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config: data, tokens, optimizers.")] = "configs/codecs.yaml",
+    top_k: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable. Default: 8 32 128.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Of the runs whose memory and time are measured; 1: none.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write both tables here too.")] = None,
+) -> None:
+    """Loss at equal tokens from a whole teacher and from its k most likely tokens; memory and time of every kind.
+
+    Example: `mbdist bench teachers loss.kl_weight=1 loss.cross_entropy_weight=0 --json teachers.json`
+    """
+    from mbdist.bench.teachers import bench_teachers
+    from mbdist.config import load_config
+
+    _check_folder(json_file)
+    bench_teachers(load_config(config, overrides or []), top_k or [8, 32, 128], ranks, json_file)
+
+
+@app.command()
 def faults(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help="Run config; its model is replaced by a small one of its kind.")] = (

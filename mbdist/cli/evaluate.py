@@ -61,8 +61,10 @@ def evaluate(
     from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight
     from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
-    from mbdist.train import evaluate as measure
     from mbdist.train.environment import choose_device, compute_dtype
+    from mbdist.train.evaluate import evaluate as measure
+    from mbdist.train.readout import reader_of
+    from mbdist.train.teachers import LiveTeacher
 
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     chosen = choose_device(ClusterConfig(device=device))
@@ -89,14 +91,14 @@ def evaluate(
     last = len(windows) if max_windows is None else min(skip_windows + max_windows, len(windows))
     windows = windows.select(range(skip_windows, last))
 
-    taught = None
+    teach = None
     if teacher is not None:
         teacher_source = ModelConfig(path=teacher, gguf_file=teacher_gguf_file, trust_remote_code=trust_remote_code)
         teacher_model = load_model(teacher_source, dtype).to(chosen)
         if teacher_model.config.vocab_size != loaded.config.vocab_size:
             raise UserError(f"--teacher {teacher} has another vocabulary than {model}; KL needs the same one")
-        taught = measure.logits_of(teacher_model, chosen, dtype)
-    result = measure.evaluate(measure.logits_of(loaded, chosen, dtype), windows, batch, Communicator(), chosen, taught)
+        teach = LiveTeacher(teacher_model, chosen, dtype).teach
+    result = measure(reader_of(loaded, chosen, dtype), windows, batch, Communicator(), chosen, teach)
     found |= {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
     found |= {"windows": len(windows), "window": window, "preparation": preparation}
     print(json.dumps(found))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, plan, status, train, tune
+from mbdist.cli import bench, config, convert, env, evaluate, generate, launch, plan, status, teacher, train, tune
 from mbdist.errors import Interrupted, RunError, UserError
 from mbdist.train.ending import end_process
 from mbdist.train.stop_signals import remember_preemption
@@ -34,6 +34,7 @@ app.command("tune")(tune.tune)
 app.command("env")(env.env)
 app.add_typer(launch.app, name="launch")
 app.add_typer(launch.job_app, name="job")
+app.add_typer(teacher.app, name="teacher")
 app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")
 

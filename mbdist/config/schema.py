@@ -231,17 +231,36 @@ class FloatOptimizerConfig(_Section):
     """Their learning rate."""
 
 
+class TeacherCacheConfig(_Section):
+    path: str | None = None
+    """Folder of the cache, to be shared by runs on the same data; default: `teacher_cache` in `run_dir`."""
+    top_k: PositiveInt = 32
+    """The teacher's most likely tokens that are kept of every position, all others counting as one. A cache of more
+    serves too. On disk 3 k + 4 bytes a token (5 k + 4 where the vocabulary is above 65,536)."""
+
+
 class LossConfig(_Section):
-    teacher: Literal["float", "none"] = "float"
-    """`float`: distil from the float model that was converted (its weights stay in memory). `none`: text alone."""
+    teacher: Literal["float", "cached", "none"] = "float"
+    """`float`: distil from the float model that was converted, or from `teacher_model`. `cached`: from its most likely
+    tokens, as `mbdist teacher cache` wrote them to disk; no teacher is in memory. `none`: text alone."""
     teacher_model: ModelConfig | None = None
-    """The float model, where `model.path` is multi-Boolean already and so cannot be the teacher itself."""
+    """Another teacher than `model.path`, needed where that is multi-Boolean already. It may be a multi-Boolean model
+    itself, of four planes say: its planes stay packed in memory."""
+    teacher_placement: Literal["resident", "sharded"] = "resident"
+    """`resident`: every worker holds the teacher. `sharded`: ZeRO-3 partitions it over the workers, each of which
+    gathers a block at a time. With `cached`: of `mbdist teacher cache`."""
+    cache: TeacherCacheConfig = TeacherCacheConfig()
+    """With `teacher: cached`, and for `mbdist teacher cache`."""
+    chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits exist at a time in a training step, of student and teacher each; null: as many as fit into
+    64 MiB of fp32 on a CPU, 256 MiB on a GPU. A model that does more than apply its head to the last hidden state
+    (soft caps, scales) gives whole logits."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of KL(teacher || student)."""
     kl_reduction: Literal["per_token", "batchmean"] = "per_token"
     """`per_token`: mean over tokens. `batchmean`: summed over the positions of a sequence, the paper's protocol."""
     top_k: PositiveInt | None = None
-    """KL over the teacher's most likely tokens only, all others counting as one; null for the whole vocabulary."""
+    """KL over a live teacher's most likely tokens only, all others counting as one; null for the whole vocabulary."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softmax temperature of the KL term."""
     cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -457,7 +476,14 @@ class RunConfig(_Section):
         if self.loss.teacher == "none" and self.loss.hidden != "none":
             problems.append(f"loss.hidden = {self.loss.hidden} needs a teacher: set loss.teacher to float")
         idle = self.loss.kl_weight == 0 == self.loss.cross_entropy_weight and self.loss.hidden == "none"
-        if self.loss.teacher == "float" and idle:
+        if self.loss.teacher == "cached" and self.loss.hidden != "none":
+            problems.append(
+                f"loss.hidden = {self.loss.hidden} needs the teacher's hidden states, which a cache does not have: set "
+                "loss.hidden to none, or loss.teacher to float"
+            )
+        if self.loss.teacher == "cached" and self.loss.top_k is not None:
+            problems.append("loss.top_k is for a live teacher: with loss.teacher = cached set loss.cache.top_k instead")
+        if self.loss.teacher != "none" and idle:
             problems.append("loss: every weight is 0: give loss.kl_weight or loss.cross_entropy_weight a value")
         if problems:
             raise ValueError("\n".join(problems))

@@ -20,6 +20,10 @@ class Batch:
 
     input_ids: torch.Tensor  # (micro_batch, window) int64
     learned: torch.Tensor  # (micro_batch, window) bool: whether the token is a target
+    windows: list[int]  # the numbers of its windows in the data
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.learned.to(device), self.windows)
 
 
 class Batches:
@@ -57,4 +61,4 @@ class Batches:
 
 def fetch(windows: datasets.Dataset, numbers: list[int]) -> Batch:
     rows = windows[numbers]
-    return Batch(rows["input_ids"].long(), rows["learned"].bool())
+    return Batch(rows["input_ids"].long(), rows["learned"].bool(), numbers)

@@ -1,13 +1,16 @@
-"""A digest of all planes of a model: equal digests, equal bits."""
+"""Digests of models: of all planes (equal digests, equal bits), and of files by their ends."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from mbdist.model.layers import boolean_layers
+
+_END_BYTES = 1 << 16
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
@@ -25,3 +28,13 @@ def hash_planes(model: nn.Module) -> str:
     return hash_tensors(
         {f"{name}.plane_{k}": plane for name, layer in boolean_layers(model) for k, plane in enumerate(layer.planes)}
     )
+
+
+def fingerprint(file: Path) -> tuple[int, str]:
+    """(bytes, digest of the first and the last of them): weights that were trained on differ in their last."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        ends = content.read(_END_BYTES)
+        content.seek(max(0, size - _END_BYTES))
+        ends += content.read()
+    return size, hashlib.sha256(ends).hexdigest()

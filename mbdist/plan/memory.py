@@ -21,6 +21,7 @@ from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.plan.fake import LiveMemory, with_fake_tensors
 from mbdist.plan.model import PlannedModel
 from mbdist.plan.paper_communicator import PaperCommunicator
+from mbdist.train.readout import chunk_tokens
 
 _FP32 = 4
 
@@ -53,13 +54,12 @@ def plan_memory(planned: PlannedModel, workers: int, dtype: torch.dtype) -> Memo
 
 def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, memory: LiveMemory) -> MemoryPlan:
     config = planned.config.at_size(workers)
-    teacher = planned.teacher_bytes(dtype)
     student = planned.student(dtype)
     boolean = _optimizer(student, config, workers)
     kept = {
         **_parameter_bytes(student, boolean, config, workers),
         **boolean.state_bytes(),
-        "teacher": teacher,
+        "teacher": _teacher_bytes(planned.teacher_model(dtype), config),
     }
     block, outside = _gathered_bytes(student, boolean, config) if config.cluster.zero_stage == 3 else (0, 0)
     activations, temporaries = _activation_bytes(student, boolean, config, dtype, memory)
@@ -68,7 +68,7 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, memory: LiveM
     return MemoryPlan(
         kept,
         activations,
-        loss={"logits": _logits_bytes(config, planned, dtype), "gathered": outside},
+        loss={"logits": _loss_bytes(student, config, dtype), "gathered": outside},
         backward={
             "temporaries": temporaries,
             "gathered": block,
@@ -189,8 +189,22 @@ def _communication_bytes(boolean: BooleanOptimizer, comm: CommConfig, workers: i
     return min(2 * sum(messages), bucket * (1 + 2 * comm.in_flight))
 
 
-def _logits_bytes(config: RunConfig, planned: PlannedModel, dtype: torch.dtype) -> int:
-    """Of the student, their gradient, and of the teacher."""
-    copies = 2 + (planned.teacher is not None)
+def _teacher_bytes(teacher: PreTrainedModel | None, config: RunConfig) -> int:
+    """Of one worker; what a sharded one gathers at a time included."""
+    if teacher is None:
+        return 0
+    if config.loss.teacher_placement == "resident":
+        return sum(parameter.nbytes for parameter in teacher.parameters())
+    workers = config.cluster.most_workers
+    parts = sum(-(-p.numel() // workers) * p.element_size() for p in teacher.parameters())
+    blocks = largest_block(teacher.named_parameters()) * max(p.element_size() for p in teacher.parameters())
+    return parts + max(3 * blocks, teacher.get_output_embeddings().weight.nbytes)
+
+
+def _loss_bytes(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> int:
+    """A chunk's logits and their gradient, and the teacher's logits; the gradient of all states before the head."""
+    text = student.config.get_text_config(decoder=True)
     tokens = config.train.micro_batch * config.data.window
-    return copies * tokens * planned.vocabulary * dtype.itemsize
+    chunk = min(tokens, config.loss.chunk_tokens or chunk_tokens(text.vocab_size, config.cluster.device))
+    copies = 2 + (config.loss.teacher == "float")
+    return (copies * chunk * text.vocab_size + 2 * tokens * text.hidden_size) * dtype.itemsize

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.model.loading import check_window, is_multi_boolean, load_model_config
+from mbdist.model.loading import check_window, load_model_config
+from mbdist.model.quantizer import QUANT_METHOD
 from mbdist.train.prepare import teacher_source
 from mbdist.train.trainer import choose_trained_floats
 
@@ -22,7 +23,7 @@ class PlannedModel:
 
     config: RunConfig
     architecture: PreTrainedConfig
-    planes: dict[str, int] | None  # by layer, where the model is multi-Boolean already
+    planes: dict[str, int]  # by layer, of a model that is multi-Boolean already
     teacher: PreTrainedConfig | None
 
     @property
@@ -33,34 +34,42 @@ class PlannedModel:
         """Multi-Boolean, with what trains requiring gradients, frozen floats in ``dtype``."""
         model = _fake_model(self.architecture, dtype, self.config.model)
         convert = self.config.convert
-        layers = {
-            name: model.get_submodule(name)
-            for name in self.planes or convertible_layers(model, convert.include, convert.exclude)
-        }
         everywhere = convert.planes if convert.bits is None else min(convert.max_planes, math.ceil(convert.bits))
-        for name, original in layers.items():
-            out_features, in_features = linear_shape(original)
-            planes = self.planes[name] if self.planes else everywhere
-            bias = original.bias is not None
-            replace_module(model, name, MultiBooleanLinear(in_features, out_features, planes, bias, dtype=dtype))
+        planes = self.planes or dict.fromkeys(convertible_layers(model, convert.include, convert.exclude), everywhere)
+        _replace_layers(model, planes, dtype)
         choose_trained_floats(model, self.config.floats.also_train, dtype)
         return model
 
-    def teacher_bytes(self, dtype: torch.dtype) -> int:
-        """Of the whole teacher; 0 where there is none."""
+    def teacher_model(self, dtype: torch.dtype) -> PreTrainedModel | None:
+        """Float or packed; None where none is in memory."""
         if self.teacher is None:
-            return 0
-        source = self.config.loss.teacher_model or self.config.model
-        return sum(parameter.nbytes for parameter in _fake_model(self.teacher, dtype, source).parameters())
+            return None
+        model = _fake_model(self.teacher, dtype, self.config.loss.teacher_model or self.config.model)
+        _replace_layers(model, _planes_of(self.teacher), dtype)
+        return model
 
 
 def planned_model(config: RunConfig) -> PlannedModel:
     """Reads the config files of the models, nothing else. Raises UserError where they cannot be had."""
     architecture = load_model_config(config.model)
     check_window(config.data.window, architecture, "data.window")
-    planes = architecture.quantization_config["planes"] if is_multi_boolean(config.model) else None
-    source = teacher_source(config)
-    return PlannedModel(config, architecture, planes, load_model_config(source) if source is not None else None)
+    source = teacher_source(config) if config.loss.teacher == "float" else None
+    teacher = load_model_config(source) if source is not None else None
+    return PlannedModel(config, architecture, _planes_of(architecture), teacher)
+
+
+def _planes_of(architecture: PreTrainedConfig) -> dict[str, int]:
+    """Planes by layer of a multi-Boolean model; none of a float one."""
+    quantization = getattr(architecture, "quantization_config", None) or {}
+    return quantization["planes"] if quantization.get("quant_method") == QUANT_METHOD else {}
+
+
+def _replace_layers(model: PreTrainedModel, planes: dict[str, int], dtype: torch.dtype) -> None:
+    for name, num_planes in planes.items():
+        original = model.get_submodule(name)
+        out_features, in_features = linear_shape(original)
+        bias = original.bias is not None
+        replace_module(model, name, MultiBooleanLinear(in_features, out_features, num_planes, bias, dtype=dtype))
 
 
 def _fake_model(architecture: PreTrainedConfig, dtype: torch.dtype, source: ModelConfig) -> PreTrainedModel:

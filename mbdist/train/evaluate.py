@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
 import torch
-from torch import nn
 from torch.nn import functional
 
 from mbdist.comm.communicator import Communicator
-from mbdist.data.batches import fetch
-
-_CHUNK_BYTES = 8 << 20  # of fp32 logits worked on at a time
-
-LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # (batch, window) int64 -> (batch, window, V)
-
-
-def logits_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> LogitsOf:
-    """The model's logits, computed in ``dtype``."""
-
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model(input_ids=ids, use_cache=False).logits
-
-    return forward
+from mbdist.data.batches import Batch, fetch
+from mbdist.train.loss import Lesson
+from mbdist.train.readout import Head, Reader, blocks, target_rows
 
 
 @dataclass(frozen=True)
@@ -40,12 +29,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    student: LogitsOf,
+    student: Reader,
     windows: datasets.Dataset,
     batch_size: int,
     communicator: Communicator,
     device: torch.device,
-    teacher: LogitsOf | None = None,
+    teacher: Callable[[Batch], Lesson] | None = None,
     between: Callable[[], None] = lambda: None,  # called before every batch, by all ranks
 ) -> Evaluation:
     """Ranks take turns; all of them make the same number of forward passes, because a gather of partitioned weights
@@ -57,12 +46,11 @@ def evaluate(
     for i in range(passes):
         between()
         numbers = mine[i * batch_size : (i + 1) * batch_size]
-        batch = fetch(windows, numbers or [0])
-        ids, learned = batch.input_ids.to(device), batch.learned.to(device)
-        logits = student(ids)
-        taught = teacher(ids) if teacher is not None else None
+        batch = fetch(windows, numbers or [0]).to(device)
+        lesson = teacher(batch) if teacher is not None else None
+        sums = student(batch.input_ids, functools.partial(_sums, lesson=lesson, batch=batch))
         if numbers:
-            totals += _sums(logits, taught, ids, learned)
+            totals += sums
     targets, nll, kl, agreed = communicator.all_reduce_sum(totals, "evaluation").tolist()
     if not targets:
         return Evaluation(math.nan)
@@ -71,24 +59,27 @@ def evaluate(
 
 
 def _sums(
-    logits: torch.Tensor,  # (batch, window, V)
-    taught: torch.Tensor | None,  # (batch, window, V)
-    input_ids: torch.Tensor,
-    learned: torch.Tensor,
+    states: torch.Tensor,  # (batch, window, d)
+    head: Head,
+    lesson: Lesson | None,
+    batch: Batch,
 ) -> torch.Tensor:
-    """(targets, nll, kl, agreements), fp64, a few tokens at a time: fp32 logits of more would not stay in cache."""
-    sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
-    rows = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
-    for sequence, is_target in enumerate(learned[:, 1:]):
-        positions = is_target.nonzero()[:, 0]
-        targets = input_ids[sequence, 1:][positions]
-        sums[0] += len(positions)
-        for chunk in torch.arange(len(positions), device=positions.device).split(rows):
-            at = positions[chunk]
-            log_p = logits[sequence, at].float().log_softmax(-1)
-            sums[1] -= log_p.gather(-1, targets[chunk, None]).double().sum()
-            if taught is not None:
-                log_q = taught[sequence, at].float().log_softmax(-1)
-                sums[2] += functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum()
-                sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    """(targets, nll, kl, agreements), fp64; logits of some tokens at a time."""
+    sums = torch.zeros(4, dtype=torch.float64, device=states.device)
+    is_target = batch.learned[:, 1:].reshape(-1)
+    targets = batch.input_ids[:, 1:].reshape(-1)[is_target, None]
+    rows = target_rows(states, is_target)
+    sums[0] = len(rows)
+    with contextlib.nullcontext() if lesson is None else lesson.opened(is_target) as taught:
+        for chunk in head.chunks(rows, None):
+            logits = head.logits(rows[chunk])
+            of_chunk = taught[chunk] if taught is not None else None
+            for block in blocks(logits):
+                log_p = logits[block].float().log_softmax(-1)
+                sums[1] -= log_p.gather(-1, targets[chunk][block]).double().sum()
+                if of_chunk is not None:
+                    log_q = of_chunk[block].float().log_softmax(-1)
+                    kl = functional.kl_div(log_p, log_q, reduction="none", log_target=True)
+                    sums[2] += kl.sum(-1).double().sum()
+                    sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
     return sums

@@ -21,6 +21,7 @@ from mbdist.data import Corpus, load_corpus
 from mbdist.data.calibration import calibration_batches
 from mbdist.data.windows import load_windows
 from mbdist.errors import UserError
+from mbdist.model.hashing import fingerprint
 from mbdist.model.layers import bits_per_weight
 from mbdist.model.loading import (
     check_window,
@@ -34,8 +35,7 @@ from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 from mbdist.train.environment import compute_dtype
 from mbdist.train.metrics import MetricsWriter
-
-_FINGERPRINT_BYTES = 1 << 16
+from mbdist.train.teacher_cache import CachedTeacher
 
 
 def student_source(config: RunConfig) -> ModelConfig:
@@ -46,12 +46,14 @@ def student_source(config: RunConfig) -> ModelConfig:
 
 
 def teacher_source(config: RunConfig) -> ModelConfig | None:
-    """The float model to distil from, if any."""
+    """The model to distil from, if any. None too where it is cached and the config does not name it."""
     if config.loss.teacher == "none":
         return None
     if config.loss.teacher_model is not None:
         return config.loss.teacher_model
     if is_multi_boolean(config.model):
+        if config.loss.teacher == "cached":
+            return None
         raise UserError(
             f"{config.model.path} is multi-Boolean, so it cannot be its own float teacher: "
             "name the float model in loss.teacher_model.path, or set loss.teacher to none"
@@ -66,7 +68,7 @@ def prepare(
     between: Callable[[], None] = lambda: None,  # called after every converted layer
 ) -> None:
     """Tokenise and convert, unless an earlier run with the same settings did."""
-    teacher_source(config)  # a contradiction here is better found before the work than after
+    teacher = teacher_source(config)  # a contradiction here is better found before the work than after
     marker, key = Path(config.run_dir) / "prepared.json", preparation_key(config)
     if _is_prepared(config, key):
         _check_length(config, json.loads(marker.read_text())["train_windows"])
@@ -78,6 +80,8 @@ def prepare(
     metrics.write("tokenizing")
     corpus = load_corpus(config.data, tokenizer)
     _check_length(config, len(corpus.train))
+    if config.loss.teacher == "cached":
+        CachedTeacher(config, corpus.train, teacher, torch.device("cpu"))  # raises what is wrong with it
     metrics.write("tokenized", train_windows=len(corpus.train), eval_windows=len(corpus.eval))
     if student_source(config) is not config.model:
         _convert(config, tokenizer, corpus, metrics, optimizer, between)
@@ -136,21 +140,11 @@ def _convert(
 def preparation_key(config: RunConfig) -> str:
     """Identifies the settings that preparation depends on, and the files of a local model, on whatever machine."""
     folder = Path(resolve_path(config.model.path))
-    files = sorted((file.name, *_fingerprint(file)) for file in folder.glob("*.*") if file.is_file())
+    files = sorted((file.name, *fingerprint(file)) for file in folder.glob("*.*") if file.is_file())
     sections = [config.model.model_dump(), config.convert.model_dump()]
     sections.append(config.data.model_dump(exclude={"max_eval_windows", "cache_dir"}))
     described = [sections, files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(file: Path) -> tuple[int, str]:
-    """(bytes, digest of the first and the last of them): weights that were trained on differ in their last."""
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        ends = content.read(_FINGERPRINT_BYTES)
-        content.seek(max(0, size - _FINGERPRINT_BYTES))
-        ends += content.read()
-    return size, hashlib.sha256(ends).hexdigest()
 
 
 def _is_prepared(config: RunConfig, key: str) -> bool:

@@ -30,11 +30,13 @@ from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
 from mbdist.train.environment import compute_dtype, node_size
 from mbdist.train.evaluate import evaluate
-from mbdist.train.loss import LossTerms, distillation_loss
+from mbdist.train.loss import LossTerms, hidden_loss, token_loss
 from mbdist.train.metrics import MetricsWriter
-from mbdist.train.prepare import preparation_key, student_source, teacher_source
+from mbdist.train.prepare import preparation_key, student_source
+from mbdist.train.readout import Head, Read, Readout
 from mbdist.train.run_folder import checkpoint_folder
 from mbdist.train.stop_signals import StopRequest
+from mbdist.train.teachers import LiveTeacher, load_teacher
 from mbdist_kernels import fold_key
 
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
@@ -111,7 +113,10 @@ class Trainer:
         student.to(device)
         if config.train.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        self.teacher = self._load_teacher()
+        self.teacher = load_teacher(
+            config, device, self.dtype, self.corpus.train, student.config.get_text_config().vocab_size
+        )
+        self.readout = Readout(student)
         self.boolean = optimizer(
             dict(boolean_layers(student)),
             config.boolean,
@@ -123,6 +128,8 @@ class Trainer:
             gradient_scale=communicator.world_size,
         )
         self.engine = Engine(student, self.boolean, config, communicator)
+        with self._autocast():
+            self.readout.probe(self.engine.forward, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.stopping = stopping
         self.first_step = self.steps_done = self._saved_step = 0
         attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "agreement")[0]
@@ -157,12 +164,6 @@ class Trainer:
         facts["the digest of the model's weights"] = hash_tensors(student.state_dict())
         agree(self.communicator, facts)
 
-    def _load_teacher(self) -> PreTrainedModel | None:
-        source = teacher_source(self.config)
-        if source is None:
-            return None
-        return load_model(source, self.dtype).to(self.device).requires_grad_(False)
-
     def _say_what_was_decided(self) -> None:
         config = self.config
         here = {"host": socket.gethostname(), "pid": os.getpid(), "device": _device_name(self.device)}
@@ -184,6 +185,8 @@ class Trainer:
             planes=self.num_planes,
             bits_per_weight=self.bits_per_weight,
             trained_weights={entry.name: entry.layer.num_weights for entry in self.boolean.accumulated},
+            teacher=self.teacher.describe() if self.teacher is not None else "none",
+            logits=self.readout.describe(),
         )
 
     # Forward passes.
@@ -191,25 +194,23 @@ class Trainer:
     def _autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _student(self, input_ids: torch.Tensor, hidden: bool = False):
+    def read_student(self, input_ids: torch.Tensor, read: Read, hidden: bool = False):
+        """(the student's output, what ``read`` found in its last states)."""
         with self._autocast():
-            return self.engine.forward(input_ids=input_ids, use_cache=False, output_hidden_states=hidden)
-
-    @torch.no_grad()
-    def _teach(self, input_ids: torch.Tensor, hidden: bool = False):
-        with self._autocast():
-            return self.teacher(input_ids=input_ids, use_cache=False, output_hidden_states=hidden)
+            return self.readout(self.engine.forward, read, input_ids, use_cache=False, output_hidden_states=hidden)
 
     def evaluate(self, name: str) -> float | None:
         """Measure, log and return held-out perplexity of the student, or of the teacher under the name ``float``; None
-        where there is no teacher."""
-        if name == "float" and self.teacher is None:
-            return None
-        forward = self._teach if name == "float" else self._student
-        self.engine.module.eval()
+        where there is no teacher (of a cached one: where the cache does not know it)."""
         started = time.perf_counter()
+        if name == "float" and not isinstance(self.teacher, LiveTeacher):
+            known = self.teacher.perplexity(self.corpus.eval) if self.teacher is not None else None
+            if known is not None:
+                self.metrics.write("eval", name=name, step=self.steps_done, perplexity=known, seconds=0.0)
+            return known
+        self.engine.module.eval()
         found = evaluate(
-            lambda ids: forward(ids).logits,
+            self.teacher.read if name == "float" else lambda ids, read: self.read_student(ids, read)[1],
             self.corpus.eval,
             self.config.train.eval_batch,
             self.communicator,
@@ -343,21 +344,18 @@ class Trainer:
         # Dropout, where a model has it, follows the data: the same masks for any number of workers.
         contribution = accumulation * self.communicator.world_size + self.communicator.rank
         torch.manual_seed(fold_key(self.config.seed, step, contribution))
-        ids, learned = batch.input_ids.to(self.device), batch.learned.to(self.device)
-        hidden = self.config.loss.hidden != "none"
-        taught = self._teach(ids, hidden) if self.teacher is not None else None
-        output = self._student(ids, hidden)
-        return distillation_loss(
-            output.logits,
-            taught.logits if taught is not None else None,
-            ids,
-            learned,
-            self.config.loss,
-            targets,
-            self.config.train.sequences_per_step,
-            output.hidden_states[1:] if hidden else None,
-            taught.hidden_states[1:] if hidden else None,
-        )
+        batch, loss = batch.to(self.device), self.config.loss
+        hidden = loss.hidden != "none"
+        lesson = self.teacher.teach(batch, hidden) if self.teacher is not None else None
+        sequences = self.config.train.sequences_per_step
+
+        def read(states: torch.Tensor, head: Head) -> torch.Tensor:
+            return token_loss(states, head, lesson, batch.input_ids, batch.learned, loss, targets, sequences)
+
+        output, (total, kl, cross_entropy) = self.read_student(batch.input_ids, read, hidden)
+        if hidden:
+            total = total + hidden_loss(output.hidden_states[1:], lesson.hidden_states, batch.learned, loss, targets)
+        return LossTerms(total, kl.item(), cross_entropy.item())
 
     def _check_replicas(self, step: int) -> None:
         differs = self.boolean.store.check_replicas(self.boolean.plane_names)

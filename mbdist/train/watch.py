@@ -86,6 +86,7 @@ class RunWatcher:
         if event == "start":
             for line in _machines(record["workers"]):
                 self.console.print(line, markup=False)
+            self.console.print(f"teacher: {record['teacher']}; logits: {record['logits']}", markup=False)
         if event == "start" and record["zero_stage"] == 3:
             chosen = record["deepspeed"].get("stage3_prefetch_bucket_size", 0)
             self.console.print(f"ZeRO-3 gathers {chosen:,} elements ahead: one block, in words", markup=False)

@@ -42,6 +42,7 @@ def converted(tmp_path_factory, llama_folder):
         "bench quality",
         "bench comm",
         "bench codecs",
+        "bench teachers",
         "bench scaling",
     ],
 )

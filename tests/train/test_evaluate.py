@@ -1,4 +1,5 @@
 import math
+import types
 
 import datasets
 import pytest
@@ -6,6 +7,18 @@ import torch
 
 from mbdist.comm.communicator import Communicator
 from mbdist.train.evaluate import evaluate
+from mbdist.train.teachers import LiveTeacher
+
+
+class Table(torch.nn.Module):
+    """A causal LM: the logits after a token are its row."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids, **_):
+        return types.SimpleNamespace(logits=self.table[input_ids])
 
 
 def test_perplexity_kl_and_agreement_against_the_definitions():
@@ -15,7 +28,8 @@ def test_perplexity_kl_and_agreement_against_the_definitions():
     table, taught = torch.randn(11, 11, generator=generator), torch.randn(11, 11, generator=generator)
     taught = taught + table  # so that they agree sometimes
     windows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "learned": learned.tolist()}).with_format("torch")
-    found = evaluate(lambda x: table[x], windows, 2, Communicator(), torch.device("cpu"), lambda x: taught[x])
+    student, teacher = (LiveTeacher(Table(each), torch.device("cpu"), torch.float32) for each in (table, taught))
+    found = evaluate(student.read, windows, 2, Communicator(), torch.device("cpu"), teacher.teach)
     nll = kl = agreed = count = 0.0
     for row in range(5):
         for t in range(1, 8):
@@ -29,5 +43,5 @@ def test_perplexity_kl_and_agreement_against_the_definitions():
     assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert found.kl == pytest.approx(float(kl / count), rel=1e-4)
     assert found.top1_agreement == pytest.approx(agreed / count) and 0 < agreed < count
-    alone = evaluate(lambda x: table[x], windows, 3, Communicator(), torch.device("cpu"))
+    alone = evaluate(student.read, windows, 3, Communicator(), torch.device("cpu"))
     assert alone.perplexity == pytest.approx(found.perplexity) and alone.kl is None

@@ -24,12 +24,13 @@ def train(tmp_path, model, workers, stage, lr=0.0, sections=None, **train_sectio
     scales at rest (lr 0), everything that decides a flip is reduced in a fixed order.
     """
     run_dir = tmp_path / f"{workers}x{stage}"
+    sections = dict(sections or {})
     settings = models.run_settings(
         run_dir,
         model,
         cluster={"workers": workers, "zero_stage": stage, "cpus_per_worker": 1},
-        floats={"lr": lr},
-        **(sections or {}),
+        floats={"lr": lr, **sections.pop("floats", {})},
+        **sections,
         data={"max_eval_windows": 2},
         train=train_section,
     )
@@ -137,6 +138,20 @@ def test_dropout_follows_the_data_and_not_the_workers(tmp_path):
 def test_activation_checkpointing_under_zero_3_changes_nothing(tmp_path, llama_folder, alone):
     digest, flips, _ = train(tmp_path, llama_folder, 2, 3, activation_checkpointing=True)
     assert flips == alone[1] and digest == alone[0]
+
+
+@pytest.mark.slow
+def test_a_head_that_trains_moves_alike_under_zero_3(tmp_path, llama_folder):
+    """The gradient of the head is computed in its forward pass, where its weight, tied to the embeddings, is whole."""
+    sections = {"floats": {"also_train": ["*embed_tokens*"]}, "loss": {"chunk_tokens": 20}}
+    before, moved = load_model(ModelConfig(path=str(llama_folder))).lm_head.weight, {}
+    for workers, stage in ((1, 0), (2, 3)):
+        train(tmp_path, llama_folder, workers, stage, sections=sections, steps=1)
+        model = load_model(ModelConfig(path=str(tmp_path / f"{workers}x{stage}/model")))
+        moved[workers] = model.model.embed_tokens.weight - before
+    assert moved[1].abs().mean() > 1e-3
+    # AdamW's first step is the sign of the gradient, so a gradient of almost 0 may fall either way
+    assert ((moved[2] - moved[1]).abs() > 1e-5).float().mean() < 1e-2
 
 
 @pytest.mark.slow
