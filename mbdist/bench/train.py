@@ -129,7 +129,7 @@ class DenseTrainer:
         from mbdist.train.prepare import teacher_source
         from mbdist.train.readout import Readout
         from mbdist.train.teachers import live_teacher
-        from mbdist.train.trainer import choose_trained_floats
+        from mbdist.train.trained_floats import choose_trained_floats
 
         communicator = Communicator(config.comm.timeout_s)
         self.config, self.device = config, device

@@ -14,6 +14,7 @@ from mbdist.comm.partition import WordPartition
 from mbdist.engine.deepspeed_config import SMALL_FLOATS
 from mbdist_kernels import xor_apply
 
+
 def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Turn parameters into buffers of the same names, which ZeRO neither partitions nor gathers. (What DeepSpeed calls
     persistent is released and gathered again in every step.)"""

@@ -22,17 +22,17 @@ class Advice:
 
 
 def advice(
-    planned: PlannedModel, workers: int, dtype: torch.dtype, fits: Callable[[int], bool]
+    planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, fits: Callable[[int], bool]
 ) -> list[Advice]:
     """Changes on top of each other until the run fits; those that save less than 1 % are left out. All of them, where
     the run does not fit even so."""
     found: list[Advice] = []
-    config, before = planned.config, plan_memory(planned, workers, dtype)
+    config, before = planned.config, plan_memory(planned, workers, dtype, device)
     for setting, value, costs in _levers(planned.config, workers):
         if fits(before.total):
             break
         changed = config.changed({setting: value})
-        memory = plan_memory(replace(planned, config=changed), workers, dtype)
+        memory = plan_memory(replace(planned, config=changed), workers, dtype, device)
         if memory.total < 0.99 * before.total:
             shown = str(value).lower() if isinstance(value, bool) else value
             found.append(Advice(f"{setting}={shown}", costs, memory))

@@ -24,16 +24,15 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
         raise UserError(f"cluster.workers = {workers} cannot be shared by --nodes {nodes}: set cluster.workers")
     rate = link_rate(link)
     hardware = gpu_named(gpu) if gpu != "cpu" else None
-    dtype = torch.bfloat16 if hardware else compute_dtype(config.train.precision, torch.device("cpu"))
-    if config.train.precision == "fp32":
-        dtype = torch.float32
+    precision = "bf16" if hardware and config.train.precision == "auto" else config.train.precision
+    dtype, device = compute_dtype(precision, torch.device("cpu")), "cuda" if hardware else "cpu"
     planned = planned_model(config)
     model = trained_model(planned)
     console.print(
         f"{config.model.path}: {model.weights / 1e9:,.2f} G weights in {len(model.shapes)} matrices, "
         f"K = {model.planes}, {workers} worker(s) on {nodes} machine(s), ZeRO stage {config.cluster.zero_stage}"
     )
-    memory = plan_memory(planned, workers, dtype)
+    memory = plan_memory(planned, workers, dtype, device)
     memory_table(console, memory, workers)
     if dry_run:
         from mbdist.plan.dry_run import show_dry_run
@@ -52,6 +51,6 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
         console.print(f"It fits: {free}.")
         return True
     console.print(f"It does NOT fit: {free}. What would make it, the cheapest first, each with those above it:")
-    found = advice(planned, workers, dtype, fits)
+    found = advice(planned, workers, dtype, device, fits)
     advice_lines(console, found, bool(found) and fits(found[-1].memory.total))
     return False

@@ -50,11 +50,14 @@ def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -
     from mbdist.engine import Engine
     from mbdist.model.layers import boolean_layers
     from mbdist.optim import BooleanOptimizer
+    from mbdist.train.readout import Readout
 
     workers = config.cluster.most_workers
     student = planned_model(config).student(dtype)
     student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
     student.train()
+    readout = Readout(student)
+    readout.cut = True  # the head's memory is that of a chunk; a probe would compare addresses
     if config.train.activation_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     communicator = _AgreeingCommunicator(config.comm.timeout_s)
@@ -74,8 +77,8 @@ def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -
     kept = memory.restart_peak() + moments
     ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits = engine.forward(input_ids=ids, use_cache=False).logits
-    engine.backward(logits.mean())
+        states = readout(engine.forward, lambda states, _head: states, ids, use_cache=False)[1]
+    engine.backward(states.mean())
     boolean.finish_micro_batch()
     communicator.all_reduce_sum(boolean.curvature.sums, "statistics")  # whether it is finite cannot be asked here
     return {
@@ -85,14 +88,13 @@ def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -
     }
 
 
-def show_dry_run(
-    console: Console, planned: PlannedModel, workers: int, dtype: torch.dtype, plan: MemoryPlan
-) -> None:
+def show_dry_run(console: Console, planned: PlannedModel, workers: int, dtype: torch.dtype, plan: MemoryPlan) -> None:
     """Run it and print it beside the plan."""
     found = dry_run(planned, workers, dtype)
     table = Table(f"dry run, {found['seconds']:.0f} s", "GiB", "planned")
-    table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{sum(plan.kept.values()) / 2**30:,.2f}")
-    table.add_row("at the fullest moment", f"{found['peak'] / 2**30:,.2f}", f"{plan.total / 2**30:,.2f}")
+    kept, in_backward = plan.of_the_student, plan.of_the_student + plan.activations + sum(plan.backward.values())
+    table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{kept / 2**30:,.2f}")
+    table.add_row("in the last block's backward", f"{found['peak'] / 2**30:,.2f}", f"{in_backward / 2**30:,.2f}")
     for phase, size in found["sent"].items():
         table.add_row(f"sent: {phase.replace('_', ' ')}", f"{size / 2**30:,.3f}", "")
     console.print(table)

@@ -40,19 +40,24 @@ class MemoryPlan:
         """At the fullest moment of a step."""
         return sum(self.categories().values())
 
+    @property
+    def of_the_student(self) -> int:
+        """Kept between steps, besides the teacher and the scratch memory of operations."""
+        return sum(self.kept.values()) - self.kept["teacher"] - self.kept["scratch"]
+
     def categories(self) -> dict[str, int]:
         """What is held at the fullest moment."""
         fuller = max(self.loss, self.backward, key=lambda moment: sum(moment.values()))
         return {**self.kept, "activations": self.activations, **fuller}
 
 
-def plan_memory(planned: PlannedModel, workers: int, dtype: torch.dtype) -> MemoryPlan:
-    """Of worker 0 of ``workers``, which compute in ``dtype``. On a GPU: what torch allocates; on a CPU: what the
+def plan_memory(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str) -> MemoryPlan:
+    """Of worker 0 of ``workers``, which compute in ``dtype``. On ``cuda``: what torch allocates; on ``cpu``: what the
     process holds besides the interpreter and its libraries."""
-    return with_fake_tensors(lambda memory: _plan(planned, workers, dtype, memory))
+    return with_fake_tensors(lambda memory: _plan(planned, workers, dtype, device, memory))
 
 
-def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, memory: LiveMemory) -> MemoryPlan:
+def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, memory: LiveMemory) -> MemoryPlan:
     config = planned.config.at_size(workers)
     student = planned.student(dtype)
     boolean = _optimizer(student, config, workers)
@@ -68,7 +73,7 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, memory: LiveM
     return MemoryPlan(
         kept,
         activations,
-        loss={"logits": _loss_bytes(student, config, dtype), "gathered": outside},
+        loss={"logits": _loss_bytes(student, config, dtype, device), "gathered": outside},
         backward={
             "temporaries": temporaries,
             "gathered": block,
@@ -201,10 +206,10 @@ def _teacher_bytes(teacher: PreTrainedModel | None, config: RunConfig) -> int:
     return parts + max(3 * blocks, teacher.get_output_embeddings().weight.nbytes)
 
 
-def _loss_bytes(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> int:
+def _loss_bytes(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype, device: str) -> int:
     """A chunk's logits and their gradient, and the teacher's logits; the gradient of all states before the head."""
     text = student.config.get_text_config(decoder=True)
     tokens = config.train.micro_batch * config.data.window
-    chunk = min(tokens, config.loss.chunk_tokens or chunk_tokens(text.vocab_size, config.cluster.device))
+    chunk = min(tokens, config.loss.chunk_tokens or chunk_tokens(text.vocab_size, device))
     copies = 2 + (config.loss.teacher == "float")
     return (copies * chunk * text.vocab_size + 2 * tokens * text.hidden_size) * dtype.itemsize

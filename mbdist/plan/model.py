@@ -14,7 +14,7 @@ from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.loading import check_window, load_model_config
 from mbdist.model.quantizer import QUANT_METHOD
 from mbdist.train.prepare import teacher_source
-from mbdist.train.trainer import choose_trained_floats
+from mbdist.train.trained_floats import choose_trained_floats
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class PlannedModel:
         return model
 
 
-def planned_model(config: RunConfig) -> PlannedModel:
-    """Reads the config files of the models, nothing else. Raises UserError where they cannot be had."""
-    architecture = load_model_config(config.model)
+def planned_model(config: RunConfig, student: ModelConfig | None = None) -> PlannedModel:
+    """Reads the config files of the models, nothing else; ``student``: of the multi-Boolean model, once it is there.
+    Raises UserError where they cannot be had."""
+    architecture = load_model_config(student or config.model)
     check_window(config.data.window, architecture, "data.window")
     source = teacher_source(config) if config.loss.teacher == "float" else None
     teacher = load_model_config(source) if source is not None else None

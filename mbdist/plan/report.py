@@ -45,11 +45,12 @@ def step_table(console: Console, step: StepPlan) -> None:
     table.add_section()
     table.add_row("in all", f"{sum(step.sent.values()) / 1e9:,.3f}")
     console.print(table)
-    longest = step.compute_s + step.communication_s
+    rates = [
+        step.tokens / s for s in (step.compute_s + step.communication_s, max(step.compute_s, step.communication_s))
+    ]
     console.print(
         f"a step of {step.tokens:,} tokens: {step.compute_s:.3g} s of computing and {step.communication_s:.3g} s of "
-        f"communication, {step.tokens / longest:,.0f} to {step.tokens / max(step.compute_s, step.communication_s):,.0f} "
-        "tokens/s as they overlap. Computed from data sheets, not measured."
+        f"communication, {rates[0]:,.0f} to {rates[1]:,.0f} tokens/s as they overlap. From data sheets, not measured."
     )
 
 

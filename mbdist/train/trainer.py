@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.metadata
 import os
 import socket
@@ -24,42 +23,25 @@ from mbdist.data import Batch, Batches, load_corpus
 from mbdist.engine import Engine
 from mbdist.errors import Interrupted, UserError
 from mbdist.model.hashing import hash_tensors
-from mbdist.model.layers import bits_per_weight, boolean_layers, is_scale
+from mbdist.model.layers import bits_per_weight, boolean_layers
 from mbdist.model.loading import load_model, load_tokenizer
 from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
+from mbdist.plan import MemoryPlan, plan_memory, planned_model
 from mbdist.train.environment import compute_dtype, node_size
 from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, hidden_loss, token_loss
 from mbdist.train.metrics import MetricsWriter
+from mbdist.train.peak_memory import PeakMemory
 from mbdist.train.prepare import preparation_key, student_source
 from mbdist.train.readout import Head, Read, Readout
 from mbdist.train.run_folder import checkpoint_folder
 from mbdist.train.stop_signals import StopRequest
 from mbdist.train.teachers import LiveTeacher, load_teacher
+from mbdist.train.trained_floats import choose_trained_floats
 from mbdist_kernels import fold_key
 
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
-
-
-def choose_trained_floats(model: PreTrainedModel, patterns: list[str], dtype: torch.dtype) -> None:
-    """Scales, and float parameters that match a pattern, are trained in fp32; all others are frozen in ``dtype``.
-
-    Raises UserError for a pattern that matches nothing.
-    """
-    unused = set(patterns)
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        matching = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
-        unused -= matching
-        parameter.requires_grad = bool(matching) or is_scale(name)
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    if unused:
-        names = ", ".join(
-            name for name, p in model.named_parameters() if p.is_floating_point() and "scale_" not in name
-        )
-        raise UserError(f"floats.also_train: no parameter matches {', '.join(sorted(unused))}; there are {names[:400]}")
 
 
 @torch.no_grad()
@@ -86,6 +68,7 @@ class Trainer:
         saved: Checkpoint | None = None,  # to go on from
         stopping: StopRequest | None = None,  # None: nobody will ask
     ):
+        self.peak_memory = PeakMemory(device)
         self.config = config
         self.device = device
         self.communicator = communicator
@@ -166,6 +149,7 @@ class Trainer:
 
     def _say_what_was_decided(self) -> None:
         config = self.config
+        self.planned_memory = self._plan_memory() if self.communicator.rank == 0 else None
         here = {"host": socket.gethostname(), "pid": os.getpid(), "device": _device_name(self.device)}
         workers = self.communicator.all_gather_objects(here, "agreement")
         self.metrics.write(
@@ -187,7 +171,13 @@ class Trainer:
             trained_weights={entry.name: entry.layer.num_weights for entry in self.boolean.accumulated},
             teacher=self.teacher.describe() if self.teacher is not None else "none",
             logits=self.readout.describe(),
+            memory_predicted=self.planned_memory.total if self.planned_memory else None,
+            memory_by_category=self.planned_memory.categories() if self.planned_memory else None,
         )
+
+    def _plan_memory(self) -> MemoryPlan:
+        planned = planned_model(self.config, student_source(self.config))
+        return plan_memory(planned, self.communicator.world_size, self.dtype, self.device.type)
 
     # Forward passes.
 
@@ -232,6 +222,7 @@ class Trainer:
 
     def train(self) -> None:
         self.engine.module.train()
+        self.peak_memory.restart()
         skipped = 0
         for step in range(self.first_step, self.config.train.steps):
             started = time.perf_counter()
@@ -244,6 +235,8 @@ class Trainer:
             self.steps_done = step + 1
             skipped = 0 if report else skipped + 1
             self._log_step(step, report, losses, time.perf_counter() - started)
+            if step == self.first_step + 1:  # the first one only measures curvature
+                self._log_memory()
             if skipped >= self.config.train.max_skipped_steps:
                 raise UserError(
                     f"{skipped} steps in a row had a loss or a signal that is not finite; the run stops at step "
@@ -388,6 +381,11 @@ class Trainer:
             bytes_sent=sent,
             bytes_received=received,
         )
+
+    def _log_memory(self) -> None:
+        peaks = self.communicator.all_gather_objects(self.peak_memory.peak_bytes(), "statistics")
+        predicted = self.planned_memory.total if self.planned_memory else None
+        self.metrics.write("memory", measured=max(peaks), predicted=predicted, of_workers=peaks)
 
     def take_bytes(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes sent, DeepSpeed's too, and received, by phase, since the last call."""

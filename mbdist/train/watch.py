@@ -25,11 +25,12 @@ _SAYS = {
     "prepared": "the converted model of an earlier run with the same settings is reused",
     "tokenized": "data: {train_windows} training windows, {eval_windows} held out",
     "start": "{world_size} worker(s) on {device}, ZeRO stage {zero_stage}, {precision}, micro-batch {micro_batch} x "
-    "{accumulation}, signal as {codec}, {trained_weights:,} trained weights",
+    "{accumulation}, signal as {codec}, {trained_weights:,} trained weights, about {memory_predicted} a worker",
     "resumed": "resumed after step {step} from {folder}",
     "checkpoint": "checkpoint after step {step} in {seconds:.1f} s",
     "checkpoint_failed": "WARNING: no checkpoint after step {step}: {why}",
     "eval": "perplexity, {name}: {perplexity:,.2f}",
+    "memory": "memory: {measured} a worker at the most, {predicted} predicted",
     "saved": "saved {folder}",
 }
 
@@ -79,7 +80,10 @@ class RunWatcher:
             return
         if event == "start":
             self._steps = record["steps"]
+            record["memory_predicted"] = _gib(record["memory_predicted"])
             record["trained_weights"] = sum(record["trained_weights"].values())
+        if event == "memory":
+            record |= {name: _gib(record[name]) for name in ("measured", "predicted")}
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)
@@ -119,6 +123,10 @@ class RunWatcher:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _machines(workers: list[dict]) -> Iterator[str]:
