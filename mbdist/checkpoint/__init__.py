@@ -2,12 +2,14 @@
 
 from mbdist.checkpoint.reader import Checkpoint, complete_checkpoints, latest_checkpoint, remove_checkpoint
 from mbdist.checkpoint.resume import check_resumable
+from mbdist.checkpoint.weights import ResumedWeights
 from mbdist.checkpoint.writer import CheckpointWriter, Piece
 
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Piece",
+    "ResumedWeights",
     "check_resumable",
     "complete_checkpoints",
     "latest_checkpoint",

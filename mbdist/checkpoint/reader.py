@@ -10,9 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from mbdist.errors import UserError
+from mbdist.model.tensor_files import StoredTensor, stored_tensors
 
 FORMAT = 1
 STATE, COMPLETE = "state.json", "complete"
@@ -58,25 +59,23 @@ class Checkpoint:
                 f"{folder} is a checkpoint of format {self.state.get('format')}, and this version of mbdist reads "
                 f"format {FORMAT}: resume with the version that wrote it"
             )
-        self._shards = []
-        self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)  # name: (first element, shard, key)
+        self._pieces: dict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)  # name: (first element, where)
         for number, note in enumerate(self.state["shards"]):
-            self._open(number, note, verify=number % world_size == rank)
+            self._open(note, verify=number % world_size == rank)
 
-    def _open(self, number: int, note: dict, verify: bool) -> None:
+    def _open(self, note: dict, verify: bool) -> None:
         path = self.folder / note["file"]
         try:
             if path.stat().st_size != note["bytes"]:
                 raise ValueError(f"it has {path.stat().st_size} bytes, {note['bytes']} were written")
             if verify and digest_of(path) != note["sha256"]:
                 raise ValueError("its content is not what was written")
-            shard = safe_open(path, framework="pt")
+            stored = stored_tensors(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise self._damaged(note["file"], error) from error
-        self._shards.append(shard)
-        for key in shard.keys():  # noqa: SIM118  (a method of safetensors, not a dict)
+        for key, tensor in stored.items():
             name, first = key.rsplit("@", 1)
-            self._pieces[name].append((int(first), number, key))
+            self._pieces[name].append((int(first), tensor))
 
     def _damaged(self, file: str, error: Exception) -> UserError:
         return UserError(
@@ -94,16 +93,15 @@ class Checkpoint:
 
     def pieces(self, name: str) -> list[torch.Tensor]:
         """All ranges of a tensor, by their first element."""
-        return [self._shards[number].get_tensor(key) for _, number, key in sorted(self._pieces.get(name, []))]
+        return [piece.read() for _, piece in sorted(self._pieces.get(name, []))]
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
         """Elements [first, first + count) of a flat tensor. Raises UserError where they were not saved."""
         parts, reached, end = [], first, first + count
-        for start, number, key in sorted(self._pieces.get(name, [])):
-            piece = self._shards[number].get_slice(key)
-            stop = start + piece.get_shape()[0]
+        for start, piece in sorted(self._pieces.get(name, [])):
+            stop = start + piece.num_elements
             if start <= reached < stop:
-                parts.append(piece[reached - start : min(end, stop) - start])
+                parts.append(piece.read(reached - start, min(end, stop) - reached))
                 reached = min(end, stop)
             if reached == end:
                 break

@@ -187,6 +187,32 @@ def faults(
 
 
 @app.command()
+def start(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config whose tokenizer, data and optimizers are used.")] = (
+        "configs/comm.yaml"
+    ),
+    shape: Annotated[str, typer.Option(help="Of the LLaMA: 10m, 300m, 1b, 3b, 7b.")] = "7b",
+    planes: Annotated[int, typer.Option(min=1, max=8, help="K.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1)] = 2,
+    steps: Annotated[int, typer.Option(min=0, help="Steps to take after the start.")] = 0,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the model, which has K bits a weight.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """Memory of CPU ranks while a run starts under ZeRO-3 against what they hold then, on a model of random bits.
+
+    Example: `mbdist bench start --shape 7b --json docs/benchmarks/start.json`
+    """
+    from mbdist.bench.start import SHAPES, bench_start
+    from mbdist.config import load_config
+
+    _check_folder(json_file)
+    if shape not in SHAPES:
+        raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
+    bench_start(load_config(config, overrides or []), shape, planes, ranks, steps, scratch, json_file)
+
+
+@app.command()
 def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")

@@ -7,5 +7,6 @@ import deepspeed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 from mbdist.engine.engine import Engine  # noqa: E402
+from mbdist.engine.placement import place  # noqa: E402
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "place"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import deepspeed
 import torch
@@ -18,7 +18,7 @@ from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments
-from mbdist.engine.zero3 import PartitionedPlanes, keep_between_steps, keep_resident
+from mbdist.engine.zero3 import PartitionedPlanes, keep_between_steps
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
@@ -29,16 +29,21 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 class Engine:
     """A student under ZeRO: forward, backward, the float step, and a full state dict for saving."""
 
-    def __init__(self, student: nn.Module, boolean: BooleanOptimizer, config: RunConfig, communicator: Communicator):
+    def __init__(
+        self,
+        student: nn.Module,  # as ``place`` left it
+        boolean: BooleanOptimizer,
+        config: RunConfig,
+        communicator: Communicator,
+        magnitudes: Mapping[str, float],  # of the trained floats, as the run started
+    ):
         self.zero_stage = config.cluster.zero_stage
         self.communicator = communicator
         self._comm = config.comm
-        if self.zero_stage == 3:
-            keep_resident(student, self._resident(student, boolean))
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
         self._floats = floats = config.floats
         self.optimizer = SkippableAdamW(
-            parameter_groups(trained, floats),
+            parameter_groups(trained, floats, magnitudes),
             lr=floats.lr,
             betas=floats.betas,
             weight_decay=floats.weight_decay,
@@ -66,17 +71,6 @@ class Engine:
         if self.zero_stage < 3:
             return ReplicatedPlanes(planes, boolean.partitions, self.communicator, self._comm.bucket_bytes)
         return PartitionedPlanes(planes, boolean.partitions, self.communicator, self._comm.bucket_bytes)
-
-    def _resident(self, student: nn.Module, boolean: BooleanOptimizer) -> list[nn.Parameter]:
-        """What ZeRO-3 leaves whole on every rank."""
-        resident = []
-        if self._comm.resident_planes != "none":
-            trained = {id(entry.layer.planes[k]) for entry in boolean.accumulated for k in entry.planes}
-            planes = [plane for layer in boolean.layers.values() for plane in layer.planes]
-            resident += [p for p in planes if self._comm.resident_planes == "all" or id(p) not in trained]
-        if self._comm.resident_floats == "frozen":
-            resident += [p for p in student.parameters() if p.is_floating_point() and not p.requires_grad]
-        return resident
 
     @property
     def module(self) -> nn.Module:
@@ -125,15 +119,28 @@ class Engine:
         comms_logger.reset_data()
         return sent
 
+    def _saved_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers that a saved model has, by name, in the order of names."""
+        module = self.engine.module
+        persistent = module.state_dict().keys()
+        buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+        return dict(sorted([*module.named_parameters(), *buffers]))
+
+    def full_layout(self) -> dict[str, torch.Tensor]:
+        """What ``full_state`` will yield, on the meta device."""
+        return {
+            name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+            for name, tensor in self._saved_tensors().items()
+        }
+
     def full_state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter and buffer by name, whole, on the CPU of rank 0 (None on the others). All ranks iterate."""
-        for name, parameter in self.engine.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                yield name, parameter.detach().cpu().clone() if self.communicator.rank == 0 else None
-        persistent = self.engine.module.state_dict().keys()
-        for name, buffer in self.engine.module.named_buffers():
-            if name in persistent:
-                yield name, buffer.detach().cpu().clone() if self.communicator.rank == 0 else None
+        """Every parameter and buffer by name, in the order of names, whole, on the CPU of rank 0 (None on the others),
+        gathered as it is yielded. All ranks iterate."""
+        for name, tensor in self._saved_tensors().items():
+            gathered = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_tensor"))
+            with gathered:
+                whole = tensor.detach().to("cpu", copy=True) if self.communicator.rank == 0 else None
+            yield name, whole
 
     def state_pieces(self) -> Iterator[Piece]:
         """This rank's share of the trained floats and their moments, whole tensors each. All ranks iterate."""

@@ -13,13 +13,26 @@ from mbdist.model.layers import boolean_layers
 _END_BYTES = 1 << 16
 
 
+class TensorHash:
+    """sha256 over names, shapes and bytes of tensors that come in name order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        values = tensor.detach().cpu().contiguous()
+        self._digest.update(f"{name}{tuple(values.shape)}".encode())
+        self._digest.update(values.reshape(-1).view(torch.uint8).numpy())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes and bytes, in name order."""
-    digest = hashlib.sha256()
+    """``TensorHash`` of all."""
+    digest = TensorHash()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.add(name, tensors[name])
     return digest.hexdigest()
 
 

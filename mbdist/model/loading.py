@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,7 +22,7 @@ from transformers import (
 
 from mbdist.config.schema import ModelConfig
 from mbdist.errors import UserError
-from mbdist.model.quantizer import QUANT_METHOD
+from mbdist.model.quantizer import QUANT_METHOD, MultiBooleanConfig, MultiBooleanQuantizer
 
 
 def resolve_path(path: str) -> str:
@@ -44,7 +47,7 @@ def is_multi_boolean(source: ModelConfig) -> bool:
 
 def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal LM, float or multi-Boolean, in eval mode. Scales of a multi-Boolean model stay fp32."""
-    with _clear_errors(source):
+    with clear_errors(source):
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if source.gguf_file else {}
         model, info = AutoModelForCausalLM.from_pretrained(
             **_arguments(source), **unpack, dtype=dtype, output_loading_info=True
@@ -60,14 +63,36 @@ def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
     return model.eval()
 
 
+def empty_model(source: ModelConfig) -> PreTrainedModel:
+    """A multi-Boolean model whose parameters are on the meta device (fp32 and int32) and take no memory, in eval mode;
+    what ``load_model`` gives, but for the weights."""
+    with clear_errors(source):
+        config = load_model_config(source)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            )
+        model.tie_weights()
+        quantizer = MultiBooleanQuantizer(MultiBooleanConfig(**config.quantization_config), pre_quantized=True)
+        quantizer.preprocess_model(model)
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
+        if model.can_generate():
+            with contextlib.suppress(OSError):  # the model's own follows from config.json
+                model.generation_config = GenerationConfig.from_pretrained(
+                    resolve_path(source.path), revision=source.revision or "main"
+                )
+    return model.eval()
+
+
 def load_tokenizer(source: ModelConfig) -> PreTrainedTokenizerBase:
-    with _clear_errors(source):
+    with clear_errors(source):
         return AutoTokenizer.from_pretrained(**_arguments(source))
 
 
 def load_model_config(source: ModelConfig) -> PreTrainedConfig:
     """The model's own config, without its weights."""
-    with _clear_errors(source):
+    with clear_errors(source):
         return AutoConfig.from_pretrained(**_arguments(source))
 
 
@@ -88,7 +113,7 @@ def _arguments(source: ModelConfig) -> dict:
     return arguments if source.gguf_file else {key: arguments[key] for key in arguments if key != "gguf_file"}
 
 
-class _clear_errors:
+class clear_errors:
     """Turns the loaders' many exceptions into one message that names the model."""
 
     def __init__(self, source: ModelConfig):

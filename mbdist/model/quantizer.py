@@ -46,11 +46,11 @@ class MultiBooleanQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict.update({"scale_out", "scale_in"})
         return model
 
-    gathered_state: dict[str, torch.Tensor] | None = None  # set while a model with partitioned parameters is saved
+    without_weights = False  # while a model is saved whose weights are written by others
 
     def get_state_dict_and_metadata(self, model):
         # save_pretrained asks here, and forgets the state_dict it was given, for every model with a quantizer.
-        return self.gathered_state, {}
+        return {} if self.without_weights else None, {}
 
     def is_serializable(self):
         return True

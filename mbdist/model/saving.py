@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mbdist.errors import UserError
 
@@ -47,24 +52,41 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def save_model(
-    model: PreTrainedModel,
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a folder that ``from_pretrained`` loads: weights, config, tokenizer and chat template."""
+    with replaced_folder(folder) as target:
+        model.save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+
+
+def save_gathered_model(
+    model: PreTrainedModel,  # multi-Boolean; its parameters may be anywhere
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
-    state_dict: dict[str, torch.Tensor] | None = None,
+    layout: dict[str, torch.Tensor],  # all tensors to write, on the meta device
+    state: Iterable[tuple[str, torch.Tensor]],  # the same, with their content, as they become known
+    shard_bytes: int = 2 << 30,
 ) -> None:
-    """Write a folder that ``from_pretrained`` loads: weights, config, tokenizer and chat template.
-
-    ``state_dict`` stands in for a multi-Boolean model's own where its parameters are partitioned over ranks.
-    """
+    """As ``save_model``, with no more than a shard (or a single tensor that is larger) in memory at a time."""
+    plan = split_torch_state_dict_into_shards(
+        layout, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
     with replaced_folder(folder) as target:
-        if state_dict is not None:
-            model.hf_quantizer.gathered_state = state_dict
+        model.hf_quantizer.without_weights = True
         try:
             model.save_pretrained(target)
         finally:
-            if state_dict is not None:
-                model.hf_quantizer.gathered_state = None
+            model.hf_quantizer.without_weights = False
+        shards: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, tensor in state:
+            file = plan.tensor_to_filename[name]
+            shards[file][name] = tensor
+            if len(shards[file]) == len(plan.filename_to_tensors[file]):
+                save_file(shards.pop(file), target / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
 

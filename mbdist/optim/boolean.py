@@ -104,6 +104,19 @@ def plane_name(layer: str, k: int) -> str:
     return f"{layer}.plane_{k}"
 
 
+def plane_sets(chosen: str | list[int], num_planes: int) -> list[list[int]]:
+    """For ``boolean.planes``: the planes that each accumulator of a layer of so many planes may flip."""
+    match chosen:
+        case "levels" | "alternating":
+            return [list(range(num_planes))]
+        case "last":
+            return [[num_planes - 1]]
+        case "all":
+            return [[k] for k in range(num_planes)]
+        case _:
+            return [[k] for k in chosen if k < num_planes]
+
+
 def adapted(step_size: float, crowding: float, most: float) -> float:
     """The next step's eta where ``crowding`` times as many weights reached the threshold as may move. Between 2 and 4
     it stays: enough to choose from, and few enough that ranks tell them apart."""
@@ -147,12 +160,13 @@ class BooleanOptimizer:
         self.accumulated: list[Accumulated] = []
         device = next(iter(layers.values())).scale_out.device
         self.partitions = [
-            WordPartition(layer.planes[0].shape.numel(), communicator.world_size) for layer in layers.values()
+            WordPartition(layer.out_features * words_per_row(layer.in_features), communicator.world_size)
+            for layer in layers.values()
         ]
         for matrix, (name, layer) in enumerate(layers.items()):
             layer.signal_sink = self
             partition = self.partitions[matrix]
-            for planes in self._plane_sets(layer.num_planes):
+            for planes in plane_sets(config.planes, layer.num_planes):
                 shared = config.planes in ("levels", "alternating")
                 full_name = name if shared else f"{name}.plane_{planes[0]}"
                 accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
@@ -177,18 +191,6 @@ class BooleanOptimizer:
         shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
         self.curvature = Curvature(shapes, config.curvature_decay, device)
         self.store: PlaneStore | None = None  # set once the engine has placed the planes
-
-    def _plane_sets(self, num_planes: int) -> list[list[int]]:
-        """The planes of every accumulator of a layer of so many planes."""
-        match self.config.planes:
-            case "levels" | "alternating":
-                return [list(range(num_planes))]
-            case "last":
-                return [[num_planes - 1]]
-            case "all":
-                return [[k] for k in range(num_planes)]
-            case chosen:
-                return [[k] for k in chosen if k < num_planes]
 
     def _trained_plane(self, entry: Accumulated) -> int:
         """The plane whose scales give the signal its unit: the one that flips; the last for moves between levels."""

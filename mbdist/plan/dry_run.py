@@ -11,9 +11,11 @@ import time
 
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
 from rich.console import Console
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
 
 from mbdist.bench.process import in_own_process
 from mbdist.comm.communicator import Communicator
@@ -31,7 +33,7 @@ class _AgreeingCommunicator(Communicator):
 
 
 def dry_run(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
-    """Of worker 0: ``kept`` and ``peak``, bytes; ``sent``, bytes of one micro-batch by phase, DeepSpeed's by operation;
+    """Of worker 0: ``kept``, ``peak`` and ``start_peak`` (until the first pass), bytes; ``sent``, bytes of one micro-batch by phase, DeepSpeed's by operation;
     ``buckets``: how many leave; ``seconds`` that the dry run took."""
     return in_own_process(_dry_run, planned.config.at_size(workers), str(dtype).removeprefix("torch."))
 
@@ -40,27 +42,33 @@ def _dry_run(config: RunConfig, dtype_name: str) -> dict:
     workers, started = config.cluster.most_workers, time.perf_counter()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(workers), DS_ACCELERATOR="cpu")
     dist.init_process_group("fake", rank=0, world_size=workers, store=FakeStore())
-    # Learning rates relative to sizes need the values of the scales.
-    config = config.changed({"floats.relative_lr": False})
-    found = with_fake_tensors(lambda memory: _start_and_step(config, getattr(torch, dtype_name), memory))
+    dtype = getattr(torch, dtype_name)
+    with init_empty_weights(include_buffers=False):
+        student = planned_model(config).student(dtype)
+    found = with_fake_tensors(lambda memory: _start_and_step(student, config, dtype, memory))
     return {**found, "seconds": time.perf_counter() - started}
 
 
-def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -> dict:
-    from mbdist.engine import Engine
+class _NoWeights:
+    def fill(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Nothing is read."""
+
+
+def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -> dict:
+    from mbdist.engine import Engine, place
     from mbdist.model.layers import boolean_layers
     from mbdist.optim import BooleanOptimizer
     from mbdist.train.readout import Readout
 
     workers = config.cluster.most_workers
-    student = planned_model(config).student(dtype)
+    communicator = _AgreeingCommunicator(config.comm.timeout_s)
+    place(student, _NoWeights(), config, torch.device("cpu"), communicator)
     student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
     student.train()
     readout = Readout(student)
     readout.cut = True  # the head's memory is that of a chunk; a probe would compare addresses
     if config.train.activation_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    communicator = _AgreeingCommunicator(config.comm.timeout_s)
     boolean = BooleanOptimizer(
         dict(boolean_layers(student)),
         config.boolean,
@@ -71,7 +79,9 @@ def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -
         seed=config.seed,
         gradient_scale=workers,
     )
-    engine = Engine(student, boolean, config, communicator)
+    alike = {name: 1.0 for name, parameter in student.named_parameters() if parameter.requires_grad}
+    engine = Engine(student, boolean, config, communicator, alike)
+    start_peak = memory.peak_bytes
     boolean.curvature.steps = 1  # the first step only measures
     moments = 2 * sum(p.nbytes for group in engine.optimizer.param_groups for p in group["params"])
     kept = memory.restart_peak() + moments
@@ -83,6 +93,7 @@ def _start_and_step(config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -
     communicator.all_reduce_sum(boolean.curvature.sums, "statistics")  # whether it is finite cannot be asked here
     return {
         "kept": kept,
+        "start_peak": start_peak,
         "peak": memory.peak_bytes + moments,
         "sent": {**communicator.bytes_sent, **engine.take_communication()},
     }
@@ -94,6 +105,7 @@ def show_dry_run(console: Console, planned: PlannedModel, workers: int, dtype: t
     table = Table(f"dry run, {found['seconds']:.0f} s", "GiB", "planned")
     kept, in_backward = plan.of_the_student, plan.of_the_student + plan.activations + sum(plan.backward.values())
     table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{kept / 2**30:,.2f}")
+    table.add_row("while starting", f"{found['start_peak'] / 2**30:,.2f}", "")
     table.add_row("in the last block's backward", f"{found['peak'] / 2**30:,.2f}", f"{in_backward / 2**30:,.2f}")
     for phase, size in found["sent"].items():
         table.add_row(f"sent: {phase.replace('_', ' ')}", f"{size / 2**30:,.3f}", "")

@@ -8,25 +8,27 @@ import socket
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
-from mbdist.checkpoint import Checkpoint, CheckpointWriter, check_resumable
+from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, check_resumable
 from mbdist.comm.agreement import agree
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, Batches, load_corpus
-from mbdist.engine import Engine
+from mbdist.engine import Engine, place
 from mbdist.errors import Interrupted, UserError
-from mbdist.model.hashing import hash_tensors
+from mbdist.model.hashing import TensorHash
 from mbdist.model.layers import bits_per_weight, boolean_layers
-from mbdist.model.loading import load_model, load_tokenizer
-from mbdist.model.saving import save_model
+from mbdist.model.loading import empty_model, load_tokenizer
+from mbdist.model.saving import save_gathered_model
+from mbdist.model.weights import WeightFiles, Weights
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
+from mbdist.optim.parameter_groups import mean_magnitudes
 from mbdist.plan import MemoryPlan, plan_memory, planned_model
 from mbdist.train.environment import compute_dtype, node_size
 from mbdist.train.evaluate import evaluate
@@ -44,15 +46,6 @@ from mbdist_kernels import fold_key
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
 
 
-@torch.no_grad()
-def load_parameters(saved: Checkpoint, student: PreTrainedModel) -> None:
-    """The planes and trained floats of a checkpoint, into a student that is not sharded yet."""
-    for name, parameter in student.named_parameters():
-        key = f"plane/{name}" if parameter.dtype == torch.int32 else f"float/{name}/value"
-        if key in saved:
-            parameter.copy_(saved.whole(key, parameter))
-        elif parameter.requires_grad:
-            raise UserError(f"{saved.folder} does not have {name}, which trains in this run")
 
 
 class Trainer:
@@ -85,15 +78,19 @@ class Trainer:
             communicator.rank,
             communicator.world_size,
         )
-        student = load_model(source)
-        self._agree(student)
+        student = empty_model(source)
+        files = WeightFiles(source, student)
+        self._agree(files)
         self.bits_per_weight = bits_per_weight(student)
         self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
         choose_trained_floats(student, config.floats.also_train, self.dtype)
+        trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+        magnitudes = mean_magnitudes(trained, files, communicator)
+        weights: Weights = files
         if saved is not None:
             changed = check_resumable(saved, config, preparation_key(config))
-            load_parameters(saved, student)
-        student.to(device)
+            weights = ResumedWeights(saved, files, dict(trained))
+        place(student, weights, config, device, communicator)
         if config.train.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         self.teacher = load_teacher(
@@ -110,7 +107,7 @@ class Trainer:
             seed=config.seed,
             gradient_scale=communicator.world_size,
         )
-        self.engine = Engine(student, self.boolean, config, communicator)
+        self.engine = Engine(student, self.boolean, config, communicator, magnitudes)
         with self._autocast():
             self.readout.probe(self.engine.forward, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.stopping = stopping
@@ -131,10 +128,8 @@ class Trainer:
             self.first_step = self.steps_done = self._saved_step = saved.step
             metrics.write("resumed", step=saved.step, folder=str(saved.folder), changed=changed)
 
-    def _agree(self, student: PreTrainedModel) -> None:
+    def _agree(self, files: WeightFiles) -> None:
         """Stop here, and not in a collective that never ends, where workers would compute different things."""
-        if self.communicator.world_size == 1:
-            return  # the digest of a large model takes its time
         of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}, "data": {"cache_dir"}}
         sections = self.config.model_dump(mode="json", exclude=of_this_worker)
         facts = {f"the version of {name}": importlib.metadata.version(name) for name in _SAME_VERSIONS}
@@ -144,7 +139,7 @@ class Trainer:
         facts["the compute type (train.precision)"] = str(self.dtype)
         facts["the kind of device (cluster.device)"] = self.device.type
         facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
-        facts["the digest of the model's weights"] = hash_tensors(student.state_dict())
+        facts["the digest of the model's weights"] = files.digest()
         agree(self.communicator, facts)
 
     def _say_what_was_decided(self) -> None:
@@ -423,13 +418,25 @@ class Trainer:
     # The end.
 
     def save(self) -> None:
-        """Write the model folder from rank 0; under ZeRO-3 the parameters are gathered one at a time."""
-        state = {name: tensor for name, tensor in self.engine.full_state() if tensor is not None}
-        if self.communicator.rank == 0:
-            folder = Path(self.config.run_dir) / "model"
-            digest = hash_tensors({name: tensor for name, tensor in state.items() if ".plane_" in name})
-            save_model(self.engine.module, self.tokenizer, folder, state)
-            self.metrics.write("saved", folder=str(folder), planes_sha256=digest)
+        """Write the model folder from rank 0, as the parameters are gathered, one at a time."""
+        state = self.engine.full_state()
+        planes = TensorHash()
+
+        def hashed() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in state:
+                if ".plane_" in name:
+                    planes.add(name, tensor)
+                yield name, tensor
+
+        try:
+            if self.communicator.rank == 0:
+                folder = Path(self.config.run_dir) / "model"
+                layout = self.engine.full_layout()
+                save_gathered_model(self.engine.module, self.tokenizer, folder, layout, hashed())
+                self.metrics.write("saved", folder=str(folder), planes_sha256=planes.hexdigest())
+        finally:  # all ranks gather to the end, also where rank 0 could not write
+            for _ in state:
+                pass
 
     def close(self) -> None:
         self.engine.close()

@@ -1,0 +1,86 @@
+"""A model gets its memory: every tensor is made where it will stay and filled from where its content comes from.
+
+The model comes with its parameters on the meta device. Each is made whole, empty; at ZeRO stage 3 DeepSpeed cuts it at
+once and frees all but this rank's part (memory that was never written, so on a CPU never there), which is then filled.
+Nothing is sent: ranks have agreed before that their files are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import deepspeed
+import torch
+from torch import nn
+
+from mbdist.comm.communicator import Communicator
+from mbdist.comm.partition import WordPartition
+from mbdist.config.schema import RunConfig
+from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
+from mbdist.engine.zero3 import keep_resident
+from mbdist.model.layers import boolean_layers
+from mbdist.model.weights import Weights
+from mbdist.optim.boolean import plane_sets
+
+
+def place(
+    student: nn.Module,  # parameters on the meta device, of the types that they shall have
+    weights: Weights,
+    config: RunConfig,
+    device: torch.device,
+    communicator: Communicator,
+) -> None:
+    """Give every parameter and buffer of the student its memory and content."""
+    saved = student.state_dict().keys()
+    partitioned = config.cluster.zero_stage == 3
+    if partitioned:
+        keep_resident(student, _resident(student, config))
+        settings = deepspeed_config(config, device.type, largest_block(student.named_parameters()))
+        deepspeed.init_distributed()  # takes over the group that is there
+        zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+
+    def parameter(name: str, empty: torch.Tensor) -> nn.Parameter:
+        made = nn.Parameter(torch.empty_like(empty, device=device), empty.requires_grad)
+        if not partitioned:
+            weights.fill(name, 0, made.data.view(-1))
+        else:
+            part = WordPartition(made.numel(), communicator.world_size)  # DeepSpeed's cut, of elements
+            zero._convert_to_deepspeed_param(made)
+            made.partition()
+            first, count = part.first_word(communicator.rank), part.words_owned(communicator.rank)
+            weights.fill(name, first, made.ds_tensor[:count])
+        return made
+
+    def buffer(name: str, current: torch.Tensor) -> torch.Tensor:
+        if name not in saved:  # made by the model itself
+            return current.to(device)
+        values = torch.empty_like(current, device=device)
+        weights.fill(name, 0, values.view(-1))
+        return values
+
+    _remake(student, "_parameters", parameter)
+    _remake(student, "_buffers", buffer)
+
+
+def _remake(model: nn.Module, kind: str, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Put ``make(name, tensor)`` in the place of every tensor of a kind; a tied one is made once."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        tensors = getattr(module, kind)
+        for leaf, tensor in tensors.items():
+            if tensor is not None:
+                if tensor not in made:
+                    made[tensor] = make(f"{prefix}.{leaf}".lstrip("."), tensor)
+                tensors[leaf] = made[tensor]
+
+
+def _resident(student: nn.Module, config: RunConfig) -> Iterator[nn.Parameter]:
+    """What ZeRO-3 leaves whole on every rank."""
+    planes, floats = config.comm.resident_planes, config.comm.resident_floats
+    for _, layer in boolean_layers(student):
+        trained = {k for of_one in plane_sets(config.boolean.planes, layer.num_planes) for k in of_one}
+        for k, plane in enumerate(layer.planes):
+            if planes == "all" or (planes == "frozen" and k not in trained):
+                yield plane
+    if floats == "frozen":
+        yield from (p for p in student.parameters() if p.is_floating_point() and not p.requires_grad)
