@@ -56,7 +56,7 @@ class Engine:
             config,
             trained[0][1].device.type,
             largest_block(student.named_parameters()),
-            sum(parameter.numel() for _, parameter in trained),
+            sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trained),
         )
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings

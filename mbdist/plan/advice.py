@@ -22,12 +22,17 @@ class Advice:
 
 
 def advice(
-    planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, fits: Callable[[int], bool]
+    planned: PlannedModel,
+    before: MemoryPlan,  # of ``planned`` as it is
+    workers: int,
+    dtype: torch.dtype,
+    device: str,
+    fits: Callable[[int], bool],
 ) -> list[Advice]:
     """Changes on top of each other until the run fits; those that save less than 1 % are left out. All of them, where
     the run does not fit even so."""
     found: list[Advice] = []
-    config, before = planned.config, plan_memory(planned, workers, dtype, device)
+    config = planned.config
     for setting, value, costs in _levers(planned.config, workers):
         if fits(before.total):
             break

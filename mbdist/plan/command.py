@@ -51,6 +51,6 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
         console.print(f"It fits: {free}.")
         return True
     console.print(f"It does NOT fit: {free}. What would make it, the cheapest first, each with those above it:")
-    found = advice(planned, workers, dtype, device, fits)
+    found = advice(planned, memory, workers, dtype, device, fits)
     advice_lines(console, found, bool(found) and fits(found[-1].memory.total))
     return False

@@ -21,9 +21,11 @@ from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.plan.fake import LiveMemory, with_fake_tensors
 from mbdist.plan.model import PlannedModel
 from mbdist.plan.paper_communicator import PaperCommunicator
-from mbdist.train.readout import chunk_tokens
+from mbdist.train.readout import BLOCK_BYTES, chunk_tokens
 
 _FP32 = 4
+_ROWS_AT_WORK = 6  # fp32 copies of a block of logits that are alive together
+_ON_FIRST_USE = {"cpu": 64 << 20, "cuda": 0}  # what DeepSpeed, oneDNN and gloo take from a process
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class MemoryPlan:
 
     @property
     def of_the_student(self) -> int:
-        """Kept between steps, besides the teacher and the scratch memory of operations."""
-        return sum(self.kept.values()) - self.kept["teacher"] - self.kept["scratch"]
+        """Kept between steps, besides the teacher and what operations keep for themselves."""
+        return sum(size for name, size in self.kept.items() if name not in ("teacher", "scratch", "libraries"))
 
     def categories(self) -> dict[str, int]:
         """What is held at the fullest moment."""
@@ -70,6 +72,7 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, 
     activations, temporaries = _activation_bytes(student, boolean, config, dtype, memory)
     largest = max(layer.num_weights for layer in boolean.layers.values())
     kept["scratch"] = largest * dtype.itemsize
+    kept["libraries"] = _ON_FIRST_USE[device]
     return MemoryPlan(
         kept,
         activations,
@@ -212,4 +215,7 @@ def _loss_bytes(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype,
     tokens = config.train.micro_batch * config.data.window
     chunk = min(tokens, config.loss.chunk_tokens or chunk_tokens(text.vocab_size, device))
     copies = 2 + (config.loss.teacher == "float")
-    return (copies * chunk * text.vocab_size + 2 * tokens * text.hidden_size) * dtype.itemsize
+    elements = copies * chunk * text.vocab_size + 2 * tokens * text.hidden_size
+    if device == "cpu":
+        elements += 2 * text.vocab_size * text.hidden_size  # oneDNN's own layout of the head, forward and backward
+    return elements * dtype.itemsize + _ROWS_AT_WORK * BLOCK_BYTES[device]

@@ -21,6 +21,7 @@ _CATEGORIES = {
     "temporaries": "temporaries of the last block's backward",
     "logits": "logits",
     "scratch": "the largest weight, dense",
+    "libraries": "libraries, on first use",
     "gathered": "gathered by ZeRO-3 at a time",
     "communication": "signals in buckets",
 }

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # logits of a product; a weight of 128,000 rows is worth many
-_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # fp32 rows that are worked on at a time: on a CPU they stay in cache
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # fp32 rows that are worked on at a time: on a CPU they stay in cache
 _PROBE_TOKENS = 8
 
 
@@ -39,7 +39,7 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
 
 def blocks(logits: torch.Tensor) -> Iterator[slice]:
     """Consecutive rows of a chunk (rows, V) to work on in fp32 at a time."""
-    return _slices(len(logits), max(1, _BLOCK_BYTES[logits.device.type] // (4 * logits.shape[-1])))
+    return _slices(len(logits), max(1, BLOCK_BYTES[logits.device.type] // (4 * logits.shape[-1])))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -46,8 +46,6 @@ from mbdist_kernels import fold_key
 _SAME_VERSIONS = ("mbdist", "torch", "deepspeed", "transformers")
 
 
-
-
 class Trainer:
     """One worker's part of the training; all workers call its methods together."""
 

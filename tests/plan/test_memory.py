@@ -1,0 +1,100 @@
+"""Plans against what the real code holds: with fake workers and tensors, and as processes."""
+
+import json
+import subprocess
+import sys
+
+import models
+import pytest
+import torch
+import transformers
+import yaml
+
+from mbdist.comm.step_bytes import step_bytes
+from mbdist.config import parse_config
+from mbdist.plan import plan_memory, planned_model
+from mbdist.plan.dry_run import dry_run
+from mbdist.plan.step_time import trained_model
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory):
+    """Large enough that tensors, not libraries, are its memory."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    models.small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings(tmp_path, model, workers, stage, **sections):
+    base = models.run_settings(tmp_path / "run", model)
+    base |= {
+        "boolean": {},
+        "data": {**base["data"], "window": 256, "max_eval_windows": 2},
+        "train": {"steps": 2, "sequences_per_step": 4 * workers, "micro_batch": 4, "eval_batch": 1},
+        "cluster": {"workers": workers, "zero_stage": stage, "device": "cpu", "cpus_per_worker": 1},
+        "loss": {"teacher": "none"},
+    }
+    for section, values in sections.items():
+        base[section] = {**base[section], **values} if section in base else values
+    return base
+
+
+RESIDENT = {"resident_planes": "frozen", "resident_floats": "frozen"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "stage", "checkpointing", "comm"),
+    [(1, 2, True, {}), (2, 0, False, {}), (8, 2, True, {}), (4, 3, False, {}), (16, 3, True, RESIDENT)],
+)
+def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers, stage, checkpointing, comm):
+    run = settings(tmp_path, wide_llama, workers, stage, train={"activation_checkpointing": checkpointing}, comm=comm)
+    planned = planned_model(parse_config(run))
+    plan = plan_memory(planned, workers, torch.bfloat16, "cpu")
+    found = dry_run(planned, workers, torch.bfloat16)
+    in_backward = plan.of_the_student + plan.activations + sum(plan.backward.values())
+    assert plan.of_the_student == pytest.approx(found["kept"], rel=0.03)
+    assert in_backward == pytest.approx(found["peak"], rel=0.2)
+    sent = step_bytes(
+        trained_model(planned),
+        workers,
+        stage,
+        planned.config.comm,
+        recompute=planned.config.train.activation_checkpointing,
+    )
+    assert sent["signal"] == found["sent"].get("signal", 0)
+    if stage == 3:
+        gathered = sum(sent.get(phase, 0) for phase in ("planes", "frozen floats"))
+        assert gathered == pytest.approx(found["sent"]["deepspeed_all_gather_into_tensor"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "stage", "sections"),
+    [
+        (1, 2, {"loss": {"teacher": "float"}}),
+        (1, 2, {"train": {"activation_checkpointing": True, "micro_batch": 2}, "floats": {"also_train": ["*embed*"]}}),
+        (2, 3, {}),
+    ],
+)
+def test_plan_predicts_what_workers_hold(tmp_path, wide_llama, workers, stage, sections):
+    run = settings(tmp_path, wide_llama, workers, stage, **sections)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    train = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    subprocess.run(train if workers == 1 else [*torchrun, *train[1:]], check=True, capture_output=True, timeout=240)
+    events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (memory,) = (event for event in events if event["event"] == "memory")
+    assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.1)
