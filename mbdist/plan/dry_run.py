@@ -33,8 +33,8 @@ class _AgreeingCommunicator(Communicator):
 
 
 def dry_run(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
-    """Of worker 0: ``kept``, ``peak`` and ``start_peak`` (until the first pass), bytes; ``sent``, bytes of one micro-batch by phase, DeepSpeed's by operation;
-    ``buckets``: how many leave; ``seconds`` that the dry run took."""
+    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``, and ``sent`` for one
+    micro-batch by phase (DeepSpeed's by operation); ``seconds`` that the dry run took."""
     return in_own_process(_dry_run, planned.config.at_size(workers), str(dtype).removeprefix("torch."))
 
 
