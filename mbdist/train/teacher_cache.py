@@ -125,7 +125,7 @@ def write_part(file: Path, windows: Sequence[TopTokens], vocabulary: int) -> Non
 
 
 class CachedTeacher:
-    """Reads a cache; ``loss.cache.top_k`` of its tokens, if it holds more."""
+    """Reads a cache, and teaches as a ``LiveTeacher`` does; ``loss.cache.top_k`` of its tokens, if it holds more."""
 
     def __init__(
         self,
@@ -159,6 +159,10 @@ class CachedTeacher:
     def teach(self, batch: Batch, hidden: bool = False) -> _CachedLesson:
         rows = [self._read(number) for number in batch.windows]
         return _CachedLesson(*(torch.cat(each).to(self._device) for each in zip(*rows, strict=True)))
+
+    @property
+    def vocabulary(self) -> int:
+        return self.header.vocabulary
 
     def parameters(self) -> Iterator[torch.Tensor]:
         return iter(())
