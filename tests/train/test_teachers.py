@@ -1,6 +1,7 @@
 """Teachers on disk, partitioned, and packed."""
 
 import json
+import pydoc_data.topics
 import subprocess
 import sys
 
@@ -137,6 +138,15 @@ def test_what_a_cache_cannot_teach_is_refused_at_once(llama_folder, tmp_path):
             parse_config(models.run_settings(tmp_path / "run", llama_folder, loss=loss))
 
 
+def short_text(folder, **sections):
+    """Settings of a run on little text: some hundred windows."""
+    text = folder / "text.txt"
+    text.write_text(pydoc_data.topics.topics["typesseq"] * 2)
+    settings = models.run_settings(folder / "run", **sections)
+    settings["data"]["train"] = {"type": "text", "paths": [str(text)]}
+    return settings
+
+
 def write_cache_by_command(settings, folder, output, *arguments):
     path = folder / "cache.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -146,7 +156,7 @@ def write_cache_by_command(settings, folder, output, *arguments):
 
 @pytest.mark.slow
 def test_workers_write_a_cache_together_and_a_run_learns_from_it(tmp_path, llama_folder):
-    settings = models.run_settings(tmp_path / "run", llama_folder, train={"steps": 8}, floats={"lr": 2e-2})
+    settings = short_text(tmp_path, model=llama_folder, train={"steps": 8}, floats={"lr": 2e-2})
     settings["loss"] = {"cache": {"top_k": 64, "path": str(tmp_path / "taught")}, "teacher_placement": "sharded"}
     done = write_cache_by_command(settings, tmp_path, tmp_path / "taught", "--workers", "2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -185,9 +195,10 @@ def test_a_sharded_teacher_teaches_the_same(tmp_path, llama_folder):
 @pytest.mark.slow
 def test_a_packed_teacher_stays_packed(tmp_path, llama_folder):
     """Four planes of the teacher that a run converted to, of one plane's student."""
-    teacher = models.run_settings(tmp_path / "teacher", llama_folder, convert={"planes": 4}, train={"steps": 0})
+    teacher = short_text(tmp_path, model=llama_folder, convert={"planes": 4}, train={"steps": 0})
+    teacher["run_dir"] = str(tmp_path / "teacher")
     run_in_process(teacher, tmp_path)
-    settings = models.run_settings(tmp_path / "run", llama_folder, convert={"planes": 1})
+    settings = short_text(tmp_path, model=llama_folder, convert={"planes": 1}, train={"steps": 1})
     settings["loss"] = {"teacher_model": {"path": str(tmp_path / "teacher/model")}}
     run_in_process(settings, tmp_path)
     records = list(read_metrics(tmp_path / "run/metrics.jsonl"))
