@@ -33,7 +33,7 @@ import torch
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.data import Batch
 from mbdist.errors import UserError
-from mbdist.model.hashing import fingerprint
+from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
 from mbdist.train.loss import TopTokens, log_of_the_rest
 
@@ -224,8 +224,8 @@ def digest_of(windows: datasets.Dataset) -> str:
 def _fingerprint_of(teacher: ModelConfig) -> str:
     """Of a local model's files, wherever they lie; of a hub model's name."""
     folder = Path(resolve_path(teacher.path))
-    files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-    described = [(file.name, *fingerprint(file)) for file in files] or [teacher.path, teacher.revision]
+    files = fingerprint_files(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    described = files or [teacher.path, teacher.revision]
     return hashlib.sha256(json.dumps([described, teacher.gguf_file]).encode()).hexdigest()
 
 
