@@ -4,6 +4,7 @@ import json
 import pydoc_data.topics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import models
@@ -97,7 +98,27 @@ def test_learning_from_a_cache_is_learning_from_the_top_tokens(cached, weights):
     assert difference < 0.2 * (found["all"][1] - found["live"][1]).norm(), "much less than what top_k leaves out"
 
 
-def test_a_cache_that_does_not_serve_is_refused(cached, tmp_path, llama_folder):
+def test_a_folder_with_another_cache_is_not_written_to(cached, monkeypatch, tmp_path):
+    config, corpus = cached
+    monkeypatch.setattr(cache_writer, "load_corpus", lambda *_: corpus)
+
+    def write(**cache):
+        changed = config.loss.cache.model_copy(update=cache)
+        write_cache(
+            config.model_copy(update={"loss": config.loss.model_copy(update={"cache": changed})}), Communicator(), CPU
+        )
+
+    with pytest.raises(UserError, match=r"loss\.cache\.top_k = 21: name another folder"):
+        write(top_k=21)
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="holds no teacher cache, but is not empty"):
+        write(path=str(tmp_path))
+    monkeypatch.setattr(cache_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(UserError, match=r"has room for 0\.0 GiB"):
+        write(path=str(tmp_path / "new"))
+
+
+def test_a_cache_that_does_not_serve_is_refused(cached, tmp_path):
     config, corpus = cached
     folder = cache_folder(config)
     with pytest.raises(UserError, match="no teacher cache: write it with mbdist teacher cache"):
