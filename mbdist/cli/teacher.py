@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mbdist.cli.options import Overrides, RunFile
+from mbdist.errors import UserError
 
 app = typer.Typer(help="What a run distils from.", no_args_is_help=True)
 
@@ -57,7 +58,12 @@ def cache(
 
     device = set_up_worker(config)
     communicator = Communicator(config.comm.timeout_s)
-    header = write_cache(config, communicator, device)
+    try:
+        header = write_cache(config, communicator, device)
+    except UserError:
+        if communicator.rank:
+            end_process(2)  # the first worker says it
+        raise
     if communicator.rank == 0:
         a_token = bytes_a_token(header.top_k, header.vocabulary)
         size = header.num_windows * (header.window - 1) * a_token

@@ -30,6 +30,7 @@ class PartitionedModel:
         finally:
             unset_hf_deepspeed_config()
             del loading
+        settings["bf16"] = {"enabled": False}  # what was loaded stays as it is: scales of a packed model are fp32
         zero = settings["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = _SMALL_ROWS * model.config.get_text_config().hidden_size
         block = largest_block(model.named_parameters())
@@ -55,12 +56,13 @@ def _settings(dtype: torch.dtype) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 1_000_000_000,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16},  # what zero.Init makes of parameters
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
             "stage3_model_persistence_threshold": 2**62,
+            "memory_efficient_linear": False,  # would replace torch's own linear, in the whole process
         },
         "comms_logger": {"enabled": False},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,15 +40,13 @@ def write_cache(config: RunConfig, communicator: Communicator, device: torch.dev
     folder, tokenizer = cache_folder(config), load_tokenizer(config.model)
     text_config = load_model_config(source).get_text_config(decoder=True)
     check_window(config.data.window, text_config, "data.window")
-    if communicator.rank == 0:
-        load_corpus(config.data, tokenizer)  # tokenised once, for all
-    _wait(waiting)
+
+    def begin() -> CacheHeader:
+        windows = load_corpus(config.data, tokenizer).train  # tokenised once, for all
+        return _open_folder(folder, CacheHeader.of(config, windows, source, text_config.vocab_size))
+
+    header = _by_the_first(begin, communicator.rank, waiting)
     corpus = load_corpus(config.data, tokenizer)
-    header = CacheHeader.of(config, corpus.train, source, text_config.vocab_size)
-    if communicator.rank == 0:
-        _open_folder(folder, header)
-    _wait(waiting)
-    header = CacheHeader.read(folder) or header
     missing = communicator.all_gather_objects(header.missing_parts(folder), "agreement")[0]
     if not missing and header.held_out is not None:
         return header
@@ -63,7 +61,8 @@ def write_cache(config: RunConfig, communicator: Communicator, device: torch.dev
             if part is not None:
                 write_part(folder / header.part(part)[0], windows, header.vocabulary)
                 progress.advance(task)
-    _wait(waiting)
+    if waiting is not None:
+        dist.barrier(group=waiting)
     if header.held_out is None:
         found = evaluate(teacher.read, corpus.eval, config.train.eval_batch, communicator, device)
         held_out = {"windows": digest_of(corpus.eval), "perplexity": found.perplexity}
@@ -73,13 +72,23 @@ def write_cache(config: RunConfig, communicator: Communicator, device: torch.dev
     return header
 
 
-def _wait(group: dist.ProcessGroup | None) -> None:
+def _by_the_first(begin: Callable[[], CacheHeader], rank: int, group: dist.ProcessGroup | None) -> CacheHeader:
+    """What ``begin`` returns on rank 0, or the UserError that it raises there, on all ranks."""
+    outcome: list = [None]
+    if rank == 0:
+        try:
+            outcome = [begin()]
+        except UserError as error:
+            outcome = [error]
     if group is not None:
-        dist.barrier(group=group)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
-def _open_folder(folder: Path, header: CacheHeader) -> None:
-    """Leave the header in the folder, or see that the one there is of the same cache."""
+def _open_folder(folder: Path, header: CacheHeader) -> CacheHeader:
+    """Leave the header in the folder, or see that the one there is of the same cache; what is there then."""
     folder.mkdir(parents=True, exist_ok=True)
     for interrupted in folder.glob(".*.tmp-*"):
         interrupted.unlink()
@@ -104,6 +113,7 @@ def _open_folder(folder: Path, header: CacheHeader) -> None:
         )
     if there is None:
         header.write(folder)
+    return header
 
 
 def _windows_of(

@@ -21,7 +21,7 @@ from mbdist.data import Corpus, load_corpus
 from mbdist.data.calibration import calibration_batches
 from mbdist.data.windows import load_windows
 from mbdist.errors import UserError
-from mbdist.model.hashing import fingerprint
+from mbdist.model.hashing import fingerprint_files
 from mbdist.model.layers import bits_per_weight
 from mbdist.model.loading import (
     check_window,
@@ -140,7 +140,7 @@ def _convert(
 def preparation_key(config: RunConfig) -> str:
     """Identifies the settings that preparation depends on, and the files of a local model, on whatever machine."""
     folder = Path(resolve_path(config.model.path))
-    files = sorted((file.name, *fingerprint(file)) for file in folder.glob("*.*") if file.is_file())
+    files = fingerprint_files(file for file in folder.glob("*.*") if file.is_file())
     sections = [config.model.model_dump(), config.convert.model_dump()]
     sections.append(config.data.model_dump(exclude={"max_eval_windows", "cache_dir"}))
     described = [sections, files]

@@ -33,7 +33,7 @@ import torch
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.data import Batch
 from mbdist.errors import UserError
-from mbdist.model.hashing import fingerprint
+from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
 from mbdist.train.loss import TopTokens, log_of_the_rest
 
@@ -125,7 +125,7 @@ def write_part(file: Path, windows: Sequence[TopTokens], vocabulary: int) -> Non
 
 
 class CachedTeacher:
-    """Reads a cache; ``loss.cache.top_k`` of its tokens, if it holds more."""
+    """Reads a cache, and teaches as a ``LiveTeacher`` does; ``loss.cache.top_k`` of its tokens, if it holds more."""
 
     def __init__(
         self,
@@ -159,6 +159,10 @@ class CachedTeacher:
     def teach(self, batch: Batch, hidden: bool = False) -> _CachedLesson:
         rows = [self._read(number) for number in batch.windows]
         return _CachedLesson(*(torch.cat(each).to(self._device) for each in zip(*rows, strict=True)))
+
+    @property
+    def vocabulary(self) -> int:
+        return self.header.vocabulary
 
     def parameters(self) -> Iterator[torch.Tensor]:
         return iter(())
@@ -220,8 +224,8 @@ def digest_of(windows: datasets.Dataset) -> str:
 def _fingerprint_of(teacher: ModelConfig) -> str:
     """Of a local model's files, wherever they lie; of a hub model's name."""
     folder = Path(resolve_path(teacher.path))
-    files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-    described = [(file.name, *fingerprint(file)) for file in files] or [teacher.path, teacher.revision]
+    files = fingerprint_files(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    described = files or [teacher.path, teacher.revision]
     return hashlib.sha256(json.dumps([described, teacher.gguf_file]).encode()).hexdigest()
 
 

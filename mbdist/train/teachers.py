@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import datasets
 import torch
@@ -20,18 +19,6 @@ from mbdist.train.loss import Lesson, Taught
 from mbdist.train.prepare import teacher_source
 from mbdist.train.readout import Head, Read, Readout, target_rows
 from mbdist.train.teacher_cache import CachedTeacher
-
-
-class Teacher(Protocol):
-    """What the trainer asks of a teacher; all workers ask together."""
-
-    def teach(self, batch: Batch, hidden: bool = False) -> Lesson:
-        """``hidden``: with the states after every block."""
-
-    def parameters(self) -> Iterator[torch.Tensor]:
-        """What of it is in this worker's memory."""
-
-    def describe(self) -> str: ...  # for the log
 
 
 class LiveTeacher:
@@ -57,6 +44,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def teach(self, batch: Batch, hidden: bool = False) -> Lesson:
+        """What it says about a micro-batch; ``hidden``: with the states after every block. All ranks call it."""
         heads = []
 
         def keep(states: torch.Tensor, head: Head) -> torch.Tensor:
@@ -67,15 +55,20 @@ class LiveTeacher:
             output, states = self._readout(
                 self._forward, keep, batch.input_ids, use_cache=False, output_hidden_states=hidden
             )
-        module = self._readout.head_module if self._readout.cut else nn.Identity()
-        return _LiveLesson(
-            states, heads[0], lambda: self._gathered(module), output.hidden_states[1:] if hidden else None
-        )
+        return _LiveLesson(states, heads[0], self._head_whole, output.hidden_states[1:] if hidden else None)
+
+    def _head_whole(self) -> contextlib.AbstractContextManager:
+        """While it is open, the head's weight can be multiplied with."""
+        return self._gathered(self._readout.head_module) if self._readout.cut else contextlib.nullcontext()
 
     def read(self, input_ids: torch.Tensor, read: Read) -> torch.Tensor:
         """The teacher as a ``Reader``, to be evaluated itself."""
         with self._autocast():
             return self._readout(self._forward, read, input_ids, use_cache=False)[1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.get_text_config().vocab_size
 
     def parameters(self) -> Iterator[torch.Tensor]:
         return self.model.parameters()
@@ -114,17 +107,18 @@ def load_teacher(
     vocabulary: int,  # of the student
 ) -> LiveTeacher | CachedTeacher | None:
     """The teacher that ``config.loss`` names. Raises UserError for one that does not fit the run."""
-    if config.loss.teacher == "cached":
-        return CachedTeacher(config, windows, teacher_source(config), device)
     source = teacher_source(config)
-    if source is None:
+    teacher: LiveTeacher | CachedTeacher
+    if config.loss.teacher == "cached":
+        teacher = CachedTeacher(config, windows, source, device)
+    elif source is not None:
+        teacher = live_teacher(source, config.loss.teacher_placement, device, dtype)
+    else:
         return None
-    teacher = live_teacher(source, config.loss.teacher_placement, device, dtype)
-    others = teacher.model.config.get_text_config().vocab_size
-    if others != vocabulary:
+    if teacher.vocabulary != vocabulary:
         raise UserError(
-            f"the teacher {source.path} has a vocabulary of {others:,} tokens, the student one of {vocabulary:,}: "
-            "KL needs the same one"
+            f"the teacher ({teacher.describe()}) has a vocabulary of {teacher.vocabulary:,} tokens, the student one of "
+            f"{vocabulary:,}: KL needs the same one"
         )
     return teacher
 

@@ -1,8 +1,10 @@
 """Teachers on disk, partitioned, and packed."""
 
 import json
+import pydoc_data.topics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import models
@@ -96,7 +98,27 @@ def test_learning_from_a_cache_is_learning_from_the_top_tokens(cached, weights):
     assert difference < 0.2 * (found["all"][1] - found["live"][1]).norm(), "much less than what top_k leaves out"
 
 
-def test_a_cache_that_does_not_serve_is_refused(cached, tmp_path, llama_folder):
+def test_a_folder_with_another_cache_is_not_written_to(cached, monkeypatch, tmp_path):
+    config, corpus = cached
+    monkeypatch.setattr(cache_writer, "load_corpus", lambda *_: corpus)
+
+    def write(**cache):
+        changed = config.loss.cache.model_copy(update=cache)
+        write_cache(
+            config.model_copy(update={"loss": config.loss.model_copy(update={"cache": changed})}), Communicator(), CPU
+        )
+
+    with pytest.raises(UserError, match=r"loss\.cache\.top_k = 21: name another folder"):
+        write(top_k=21)
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="holds no teacher cache, but is not empty"):
+        write(path=str(tmp_path))
+    monkeypatch.setattr(cache_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(UserError, match=r"has room for 0\.0 GiB"):
+        write(path=str(tmp_path / "new"))
+
+
+def test_a_cache_that_does_not_serve_is_refused(cached, tmp_path):
     config, corpus = cached
     folder = cache_folder(config)
     with pytest.raises(UserError, match="no teacher cache: write it with mbdist teacher cache"):
@@ -137,6 +159,15 @@ def test_what_a_cache_cannot_teach_is_refused_at_once(llama_folder, tmp_path):
             parse_config(models.run_settings(tmp_path / "run", llama_folder, loss=loss))
 
 
+def short_text(folder, **sections):
+    """Settings of a run on little text: some hundred windows."""
+    text = folder / "text.txt"
+    text.write_text(pydoc_data.topics.topics["typesseq"] * 2)
+    settings = models.run_settings(folder / "run", **sections)
+    settings["data"]["train"] = {"type": "text", "paths": [str(text)]}
+    return settings
+
+
 def write_cache_by_command(settings, folder, output, *arguments):
     path = folder / "cache.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -146,7 +177,7 @@ def write_cache_by_command(settings, folder, output, *arguments):
 
 @pytest.mark.slow
 def test_workers_write_a_cache_together_and_a_run_learns_from_it(tmp_path, llama_folder):
-    settings = models.run_settings(tmp_path / "run", llama_folder, train={"steps": 8}, floats={"lr": 2e-2})
+    settings = short_text(tmp_path, model=llama_folder, train={"steps": 8}, floats={"lr": 2e-2})
     settings["loss"] = {"cache": {"top_k": 64, "path": str(tmp_path / "taught")}, "teacher_placement": "sharded"}
     done = write_cache_by_command(settings, tmp_path, tmp_path / "taught", "--workers", "2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -171,25 +202,24 @@ def test_workers_write_a_cache_together_and_a_run_learns_from_it(tmp_path, llama
 @pytest.mark.slow
 def test_a_sharded_teacher_teaches_the_same(tmp_path, llama_folder):
     found = {}
-    for placement, stage in (("resident", 2), ("sharded", 2), ("sharded", 3)):
-        (folder := tmp_path / f"{placement}{stage}").mkdir()
+    for placement, stage in (("resident", 2), ("sharded", 3)):
+        (folder := tmp_path / placement).mkdir()
         loss = {"teacher_placement": placement, "hidden": "mse", "chunk_tokens": 20}
-        found[placement, stage] = train(folder, llama_folder, 2, stage, sections={"loss": loss}, steps=3)
-    resident = found.pop(("resident", 2))
-    assert sum(sum(step.values()) for step in resident[1]) > 100
-    for digest, flips, steps in found.values():
-        assert (digest, flips) == resident[:2]
-        assert [step["kl"] for step in steps] == [step["kl"] for step in resident[2]]
-        whole = resident[2][-1]["memory"]["teacher"]
-        assert steps[-1]["memory"]["teacher"] < 0.52 * whole, "half, and the norms"
+        found[placement] = train(folder, llama_folder, 2, stage, sections={"loss": loss}, steps=3)
+    assert sum(sum(step.values()) for step in found["resident"][1]) > 100
+    assert found["sharded"][:2] == found["resident"][:2]
+    whole, parts = found["resident"][2][-1]["memory"], found["sharded"][2][-1]["memory"]
+    assert found["sharded"][2][-1]["kl"] == found["resident"][2][-1]["kl"]
+    assert parts["teacher"] < 0.52 * whole["teacher"], "half, and the norms"
 
 
 @pytest.mark.slow
 def test_a_packed_teacher_stays_packed(tmp_path, llama_folder):
     """Four planes of the teacher that a run converted to, of one plane's student."""
-    teacher = models.run_settings(tmp_path / "teacher", llama_folder, convert={"planes": 4}, train={"steps": 0})
+    teacher = short_text(tmp_path, model=llama_folder, convert={"planes": 4}, train={"steps": 0})
+    teacher["run_dir"] = str(tmp_path / "teacher")
     run_in_process(teacher, tmp_path)
-    settings = models.run_settings(tmp_path / "run", llama_folder, convert={"planes": 1})
+    settings = short_text(tmp_path, model=llama_folder, convert={"planes": 1}, train={"steps": 1})
     settings["loss"] = {"teacher_model": {"path": str(tmp_path / "teacher/model")}}
     run_in_process(settings, tmp_path)
     records = list(read_metrics(tmp_path / "run/metrics.jsonl"))
