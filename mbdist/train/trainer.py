@@ -106,7 +106,7 @@ class Trainer:
             weights = ResumedWeights(saved, files, dict(trained))
         place(student, weights, config, device, communicator)
         if config.train.activation_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
         self.teacher = self._load_teacher()
         self.boolean = optimizer(
             dict(boolean_layers(student)),
