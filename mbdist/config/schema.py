@@ -147,6 +147,9 @@ class TrainConfig(_Section):
     """Sequences a worker holds at a time in an evaluation."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload_activations: bool = False
+    """With `activation_checkpointing`: GPU workers hold what the recomputation starts from in pinned host memory
+    meanwhile."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping of the float parameters; 0 turns it off."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -211,6 +214,12 @@ class BooleanOptimizerConfig(_Section):
     accumulator: Literal["int8", "int4", "fp32"] = "int8"
     """How an accumulator is kept. `int4` has a unit of a quarter of the threshold (and still takes a byte), `fp32` is
     the reference."""
+    offload_accumulators: bool = False
+    """GPU workers keep their accumulators in pinned host memory. They are fetched while their signals travel, and go
+    back while the backward pass continues."""
+    turns: PositiveInt = 1
+    """Matrices take turns: in a step one in so many sends its signal and flips, and the accumulators of the others stay
+    as they are. 4: a quarter of the signal's bytes, and a matrix trains in every fourth step. 1: all in every step."""
 
 
 class FloatOptimizerConfig(_Section):
@@ -430,6 +439,15 @@ class RunConfig(_Section):
         return RunConfig.model_validate(values)
 
     @property
+    def offloads(self) -> list[str]:
+        """Settings that keep something in host memory, those that are on."""
+        chosen = {
+            "boolean.offload_accumulators": self.boolean.offload_accumulators,
+            "train.offload_activations": self.train.offload_activations,
+        }
+        return [setting for setting, on in chosen.items() if on]
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a step's global batch."""
         return self.train.sequences_per_step * self.data.window
@@ -473,6 +491,15 @@ class RunConfig(_Section):
                 "boolean.accumulator = int4 has a unit of about a standard error, too coarse for boolean.signal = "
                 "evidence: use int8, or boolean.signal=curvature with boolean.step_size=0.05"
             )
+        if self.boolean.turns > 1 and self.boolean.planes == "alternating":
+            problems.append(
+                f"boolean.turns = {self.boolean.turns}: with boolean.planes = alternating planes take turns; set "
+                "boolean.turns to 1, or boolean.planes to last"
+            )
+        for setting in self.offloads if self.cluster.device == "cpu" else []:
+            problems.append(f"{setting} is for GPU workers, and cluster.device = cpu: set it to false")
+        if self.train.offload_activations and not self.train.activation_checkpointing:
+            problems.append("train.offload_activations needs train.activation_checkpointing: set that to true too")
         if self.loss.teacher == "none" and self.loss.hidden != "none":
             problems.append(f"loss.hidden = {self.loss.hidden} needs a teacher: set loss.teacher to float")
         idle = self.loss.kl_weight == 0 == self.loss.cross_entropy_weight and self.loss.hidden == "none"

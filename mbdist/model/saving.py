@@ -55,7 +55,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write a folder that ``from_pretrained`` loads: weights, config, tokenizer and chat template."""
     with replaced_folder(folder) as target:
-        model.save_pretrained(target)
+        # Names are the model's own: some architectures have others in their files, and experts in one tensor each.
+        model.save_pretrained(target, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
 

@@ -45,9 +45,7 @@ class WeightFiles:
     ):
         with clear_errors(source):
             stored = {name: tensor for file in _files_of(source) for name, tensor in _tensors_in(file).items()}
-        self._tensors: dict[
-            str, StoredTensor
-        ] = {}  # by every name that the model has for them; tied ones are stored once
+        self._tensors: dict[str, StoredTensor] = {}  # by every name of the model: a tied tensor has several
         problems = []
         for names, shape in _tensors_of(model):
             found = next((stored[name] for name in names if name in stored), None)
@@ -60,7 +58,7 @@ class WeightFiles:
         if problems:
             raise UserError(
                 f"the checkpoint {source.path} is damaged or of another model; {len(problems)} of its tensors do not "
-                f"fit config.json: {'; '.join(problems[:3])}"
+                f"fit config.json: {'; '.join(problems[:3])}. Convert the model again"
             )
 
     def fill(self, name: str, first: int, out: torch.Tensor) -> None:

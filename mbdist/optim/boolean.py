@@ -41,6 +41,7 @@ from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import within_caps
 from mbdist.optim.integration import Integration, integration
 from mbdist.optim.moves import Candidates, bit_moves, level_moves
+from mbdist.optim.offload import HostMemory
 from mbdist.optim.schedule import warmup_cosine
 from mbdist_kernels import (
     ACCUMULATOR_FORMATS,
@@ -158,7 +159,8 @@ class BooleanOptimizer:
         self.probing = False  # set before the backward passes of a step: keep its signal and predict what its flips do
         self.layers = layers
         self.accumulated: list[Accumulated] = []
-        device = next(iter(layers.values())).scale_out.device
+        self.device = device = next(iter(layers.values())).scale_out.device
+        self._host = self._host_memory()
         self.partitions = [
             WordPartition(layer.out_features * words_per_row(layer.in_features), communicator.world_size)
             for layer in layers.values()
@@ -169,7 +171,10 @@ class BooleanOptimizer:
             for planes in plane_sets(config.planes, layer.num_planes):
                 shared = config.planes in ("levels", "alternating")
                 full_name = name if shared else f"{name}.plane_{planes[0]}"
-                accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
+                if self._host is None:
+                    accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
+                else:
+                    accumulator = self._host.zeros(partition.elements_per_rank, self.format.dtype)
                 self.accumulated.append(
                     Accumulated(
                         full_name,
@@ -192,6 +197,25 @@ class BooleanOptimizer:
         self.curvature = Curvature(shapes, config.curvature_decay, device)
         self.store: PlaneStore | None = None  # set once the engine has placed the planes
 
+    def _host_memory(self) -> HostMemory | None:
+        """Where accumulators are kept, if not on the device."""
+        return HostMemory(self.device) if self.config.offload_accumulators else None
+
+    def _on_device(self, entry: Accumulated) -> torch.Tensor:
+        return entry.accumulator if self._host is None else self._host.on_device(entry.accumulator)
+
+    def _settle(self) -> None:
+        """Before accumulators are read or written where they are kept."""
+        if self._host is not None:
+            self._host.settle()
+
+    def _trains(self, matrix: int) -> bool:
+        """Whether it is the matrix's turn in this step."""
+        return matrix % self.config.turns == self.step_count % self.config.turns
+
+    def _training(self) -> list[Accumulated]:
+        return [entry for entry in self.accumulated if self._trains(entry.matrix)]
+
     def _trained_plane(self, entry: Accumulated) -> int:
         """The plane whose scales give the signal its unit: the one that flips; the last for moves between levels."""
         if self.config.planes == "alternating":
@@ -207,6 +231,8 @@ class BooleanOptimizer:
     def signals(self, layer: MultiBooleanLinear) -> list[Signal]:
         if self.config.step_size == 0 or (self.config.signal != "raw" and self.curvature.steps == 0):
             return []  # the first step only measures curvature
+        if not self._trains(self._matrix_of[id(layer)]):
+            return []
         return [self._signal(entry) for entry in self._of_layer[id(layer)]]
 
     def _signal(self, entry: Accumulated) -> Signal:
@@ -239,6 +265,8 @@ class BooleanOptimizer:
             if entry.columns is None:
                 raise RuntimeError("a signal is taken that was not asked for")
             key = self._key(_CODEC + sender, entry)
+            if self._host is not None:
+                self._host.fetch(entry.accumulator)  # it is there when the signal is
             self.reduction.send(entry, signal, entry.segments, entry.columns, key)
 
     # Phase 2, the owner's side.
@@ -246,11 +274,12 @@ class BooleanOptimizer:
     def _accumulate(self, entry: Accumulated, signals: Iterable[torch.Tensor]) -> None:
         """``signals``: the contributions to one micro-batch, each (32 P,)."""
         first = self.micro_batch * self.reduction.contributions
+        accumulator = self._on_device(entry)
         for contribution, signal in enumerate(signals, first):
             if self.probing:
                 entry.probe = signal + (0 if entry.probe is None else entry.probe)
             accumulate_signal(
-                entry.accumulator,
+                accumulator,
                 signal[None],
                 entry.beta_q15 if contribution == 0 else FIXED_ONE,
                 self._integration().limit,
@@ -258,6 +287,8 @@ class BooleanOptimizer:
                 self._first_element(entry),
                 self.format,
             )
+        if self._host is not None:
+            self._host.put_back(entry.accumulator, accumulator)
 
     def _first_element(self, entry: Accumulated) -> int:
         return entry.partition.first_word(self.communicator.rank) * WORD_BITS
@@ -286,7 +317,7 @@ class BooleanOptimizer:
         """End a step that flips nothing. Accumulators keep what its micro-batches added before the step was given up
         (bounded by ``max_step``, and 0 for a signal that is not a number)."""
         self.curvature.discard()
-        for entry in self.accumulated:
+        for entry in self._training():
             entry.beta_q15 = FIXED_ONE  # its decay has been applied
             entry.probe = None
         self._next_step()
@@ -295,6 +326,7 @@ class BooleanOptimizer:
         self.step_count += 1
         self.micro_batch = 0
         if self.config.planes == "alternating" and self.step_count % self.config.alternate_every == 0:
+            self._settle()
             for entry in self.accumulated:  # the turn of another plane
                 entry.accumulator.zero_()
                 entry.recent.clear()
@@ -315,24 +347,29 @@ class BooleanOptimizer:
         return report
 
     def _flip(self, cap_rate: float, report: FlipReport) -> None:
-        candidates = [self._candidates(entry) for entry in self.accumulated]
-        caps = [int(cap_rate * entry.layer.num_weights) for entry in self.accumulated]
-        chosen = self._within_caps(candidates, caps)
+        training = self._training()
+        if not training:  # fewer matrices than turns
+            return
+        candidates = [self._candidates(entry) for entry in training]
+        caps = [int(cap_rate * entry.layer.num_weights) for entry in training]
+        chosen = self._within_caps(training, candidates, caps)
+        self._settle()
         masks: dict[tuple[int, int], torch.Tensor] = {}
         counts = torch.zeros(len(candidates), 3, dtype=torch.int64)  # candidates, flips, flipped back
-        for i, (entry, found, moves) in enumerate(zip(self.accumulated, candidates, chosen, strict=True)):
+        for i, (entry, found, moves) in enumerate(zip(training, candidates, chosen, strict=True)):
             for k in self._planes_that_flip(entry):
                 flips = moves.elements[(moves.flipped >> k) & 1 == 1]
                 masks[entry.matrix, k] = flip_mask(flips, entry.partition.words_per_rank)
             counts[i] = torch.tensor([len(found.elements), len(moves.elements), self._flipped_back(entry, moves)])
             # Behind zero by the guard: flipping back takes more evidence than flipping did.
             reset = moves.values.sign().to(entry.accumulator.dtype) * round(self.config.guard * self.format.threshold)
-            entry.accumulator[moves.elements] = reset
+            kept_on = entry.accumulator.device
+            entry.accumulator[moves.elements.to(kept_on)] = reset.to(kept_on)
         self.store.apply(masks)
         if self.probing:
-            self._predict(chosen, report)
-        totals = self.communicator.all_reduce_sum(counts.to(entry.accumulator.device), "flip_counts").tolist()
-        for entry, cap, (found, flips, back) in zip(self.accumulated, caps, totals, strict=True):
+            self._predict(training, chosen, report)
+        totals = self.communicator.all_reduce_sum(counts.to(self.device), "flip_counts").tolist()
+        for entry, cap, (found, flips, back) in zip(training, caps, totals, strict=True):
             if self.config.adapt_step_size and cap > 0:
                 entry.step_size = adapted(entry.step_size, found / cap, self.config.step_size)
             entry.beta_q15 = round(self._integration().decay * (1 - flips / entry.layer.num_weights) * FIXED_ONE)
@@ -345,13 +382,14 @@ class BooleanOptimizer:
     def _integration(self) -> Integration:
         turn = self.step_count % self.config.alternate_every + 1
         contributions = self.micro_batches * self.reduction.contributions
-        return integration(self.config, self.curvature.steps, turn, contributions)
+        steps = -(-self.curvature.steps // self.config.turns)  # in which a matrix whose turn it is has trained
+        return integration(self.config, steps, turn, contributions)
 
-    def _predict(self, chosen: list[Candidates], report: FlipReport) -> None:
+    def _predict(self, training: list[Accumulated], chosen: list[Candidates], report: FlipReport) -> None:
         """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by
         s^2 h (2 r u + 2 u^2), r the signal G / (s h). Interactions between moves are what it leaves out."""
         changes = torch.zeros(len(chosen), dtype=torch.float64, device=chosen[0].elements.device)
-        for i, (entry, moves) in enumerate(zip(self.accumulated, chosen, strict=True)):
+        for i, (entry, moves) in enumerate(zip(training, chosen, strict=True)):
             if entry.probe is None or entry.scales is None or not len(moves.elements):
                 continue
             plane = self._trained_plane(entry)
@@ -363,25 +401,27 @@ class BooleanOptimizer:
             cost = rows[positions // width] * columns[positions % width]
             changes[i] = (cost * (2 * ratio * moves.steps + 2 * moves.steps.square())).double().sum()
         totals = self.communicator.all_reduce_sum(changes, "flip_counts").tolist()
-        report.predicted = {entry.name: total for entry, total in zip(self.accumulated, totals, strict=True)}
+        report.predicted = {entry.name: total for entry, total in zip(training, totals, strict=True)}
 
     def _candidates(self, entry: Accumulated) -> Candidates:
         if self.config.planes != "levels":
             plane = self._trained_plane(entry)
             words = self.store.owned_words(entry.matrix, plane)
-            return bit_moves(*find_candidates(entry.accumulator, words, self.format), plane)
-        elements, values = find_candidates(entry.accumulator, None, self.format)
+            return bit_moves(*find_candidates(self._on_device(entry), words, self.format), plane)
+        elements, values = find_candidates(self._on_device(entry), None, self.format)
         if entry.scales is None:
             raise RuntimeError("flips are decided after a backward pass")
         words = [self.store.owned_words(entry.matrix, k) for k in entry.planes]
         row_elements = words_per_row(entry.layer.in_features) * WORD_BITS
         return level_moves(elements, values, words, *entry.scales, self._first_element(entry), row_elements)
 
-    def _within_caps(self, candidates: list[Candidates], caps: list[int]) -> list[Candidates]:
+    def _within_caps(
+        self, training: list[Accumulated], candidates: list[Candidates], caps: list[int]
+    ) -> list[Candidates]:
         """Of this rank's candidates those that the caps let flip."""
 
         def tickets(number: int, players: Candidates) -> torch.Tensor:
-            entry = self.accumulated[number]
+            entry = training[number]
             return draw_tickets(self._key(_LOTTERY, entry), players.elements.long() + self._first_element(entry))
 
         return within_caps(
@@ -419,7 +459,7 @@ class BooleanOptimizer:
         """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of this rank's part."""
         found = {}
         for entry in self.accumulated:
-            used = entry.accumulator[: entry.partition.words_owned(self.communicator.rank) * WORD_BITS]
+            used = self._on_device(entry)[: entry.partition.words_owned(self.communicator.rank) * WORD_BITS]
             size = used.float().abs() / self.format.threshold
             counts = torch.histc(size, bins=256, min=0, max=2)
             share = counts.cumsum(0) / max(1, size.numel())
@@ -432,6 +472,7 @@ class BooleanOptimizer:
         """What this rank alone has: its parts of accumulators and planes, in coordinates of the whole matrices."""
         rank = self.communicator.rank
         pieces = []
+        self._settle()
         for entry in self.accumulated:
             words = entry.partition.words_owned(rank)
             first = self._first_element(entry)
@@ -481,7 +522,7 @@ class BooleanOptimizer:
             entry.recent.clear()
             for age in range(of_entry["recent_steps"]):
                 elements = mine_of_flips[mine_of_flips[:, 1] == age, 0] - first
-                entry.recent.append(elements.to(entry.accumulator.device))
+                entry.recent.append(elements.to(self.device))
         self.curvature.smoothed.copy_(saved.whole("curvature", self.curvature.smoothed))
         self.curvature.steps = shared["curvature_steps"]
         self.curvature.smoothed_tokens = shared["tokens"]

@@ -51,6 +51,8 @@ def set_up_worker(config: RunConfig) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
+        if config.offloads:
+            raise UserError(f"{config.offloads[0]} is for GPU workers; this one has none: set it to false")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(config.cluster.cpus_per_worker or max(1, cores // local_ranks))
     if not dist.is_initialized():

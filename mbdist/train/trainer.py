@@ -90,7 +90,7 @@ class Trainer:
             weights = ResumedWeights(saved, files, dict(trained))
         place(student, weights, config, device, communicator)
         if config.train.activation_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
         self.teacher = load_teacher(
             config, device, self.dtype, self.corpus.train, student.config.get_text_config().vocab_size
         )

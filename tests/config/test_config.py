@@ -193,3 +193,20 @@ def test_zero_3_gathers_one_block_ahead():
 def test_planes_that_cannot_be_named_so_are_refused(planes, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({**MINIMAL, "boolean": {"planes": planes}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"boolean": {"turns": 2, "planes": "alternating"}}, "set boolean.turns to 1"),
+        ({"boolean": {"offload_accumulators": True}}, "boolean.offload_accumulators is for GPU workers"),
+        (
+            {"train": {"offload_activations": True, "activation_checkpointing": True}},
+            "train.offload_activations is for GPU workers",
+        ),
+        ({"train": {"offload_activations": True}}, "set that to true too"),
+    ],
+)
+def test_levers_that_would_do_nothing_are_refused(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(MINIMAL | {"cluster": {"device": "cpu"}} | sections)

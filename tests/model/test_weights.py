@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mbdist.config.schema import ConvertConfig, ModelConfig
 from mbdist.convert import convert_model
@@ -81,6 +81,16 @@ def test_a_model_saved_as_it_is_gathered_is_the_model(converted, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
     assert again.generation_config == expected.generation_config
     assert filled(ModelConfig(path=str(tmp_path / "out")))[2].keys() == state.keys()
+
+
+def test_experts_that_files_of_their_kind_keep_apart_are_found(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=4, num_local_experts=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    list(convert_model(model, ConvertConfig(init="svid")))
+    save_model(model, None, tmp_path / "model")
+    state = filled(ModelConfig(path=str(tmp_path / "model")))[2]
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
 from mbdist.optim.boolean import adapted
+from mbdist.optim.offload import HostMemory
 from mbdist_kernels import pack_signs, popcount, unpack_signs
 
 SHAPES = {"a": (5, 33), "b": (40, 64), "tiny": (1, 3)}  # the last: fewer words than ranks
@@ -152,6 +153,7 @@ MODES = {
     "alternating": BooleanOptimizerConfig(planes="alternating", alternate_every=2, accumulator="int4", **COMMON),
     "first by rms": BooleanOptimizerConfig(planes=[0], accumulator="fp32", **{**COMMON, "signal": "rms"}),
     "evidence": BooleanOptimizerConfig(planes="last", **{**COMMON, "signal": "evidence"}),
+    "in turns": BooleanOptimizerConfig(planes="last", turns=2, **{**COMMON, "signal": "evidence"}),
 }
 
 
@@ -200,6 +202,60 @@ def test_a_checkpoint_restores_a_run_exactly_on_any_number_of_ranks(tmp_path, mo
         assert resumed_flips == flips[2:]
         for name in SHAPES:
             assert torch.equal(expected[name], planes[name])
+
+
+def test_matrices_in_turns_send_and_flip_in_their_steps_alone():
+    sent = {}
+    for turns in (1, 2, 4):
+        communicator = Communicator()
+        config = CURVATURE.model_copy(update={"turns": turns})
+        layers = make_layers()
+        optimizer = BooleanOptimizer(layers, config, CommConfig(codec="fp32"), communicator, 16, 1, seed=3)
+        optimizer.store = store_of(optimizer)
+        taken = []
+        send = optimizer.reduction.send
+
+        def noted(entry, *rest, send=send, taken=taken):
+            taken.append(entry)
+            send(entry, *rest)
+
+        optimizer.reduction.send = noted
+        for step in range(8):
+            kept = [entry.accumulator.clone() for entry in optimizer.accumulated]
+            taken.clear()
+            for name, layer in layers.items():
+                x, grad_y = inputs_of(name, step, 0)
+                layer(x).backward(grad_y)
+            optimizer.finish_micro_batch()
+            assert optimizer.all_finite(torch.zeros(()))
+            flips = optimizer.step().flips
+            sent[turns] = sent.get(turns, 0) + len(taken)
+            turn = [name for number, name in enumerate(layers) if number % turns == step % turns]
+            assert [entry.name for entry in taken] == ([] if step == 0 else turn)
+            assert list(flips) == ([] if step == 0 else turn)
+            for entry, before in zip(optimizer.accumulated, kept, strict=True):
+                same = torch.equal(entry.accumulator, before)
+                assert same == (step == 0 or entry.name not in turn) or entry.name == "tiny"
+    assert sent[1] == 7 * len(SHAPES) and sent[2] < 0.6 * sent[1] and sent[4] < 0.3 * sent[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulators_on_the_host_change_nothing(tmp_path, monkeypatch, mode):
+    """The copies as they are on a GPU, between two places of a CPU's memory."""
+    expected, flips = run(Communicator(), MODES[mode])
+    made = []
+
+    def host_memory(optimizer):
+        made.append(HostMemory(optimizer.device))
+        return made[-1]
+
+    monkeypatch.setattr(BooleanOptimizer, "_host_memory", host_memory)
+    run(Communicator(), MODES[mode], save=tmp_path / "saved")
+    for files, first in (({}, 0), ({"resume": tmp_path / "saved/step_2"}, 2)):
+        planes, found = run(Communicator(), MODES[mode], **files)
+        assert found == flips[first:]
+        assert all(torch.equal(expected[name], planes[name]) for name in SHAPES)
+    assert len(made) == 3 and not any(memory._fetched for memory in made), "what is fetched is used"
 
 
 def test_first_curvature_step_only_measures():

@@ -110,6 +110,7 @@ def test_the_same_run_gives_the_same_bits(finished, tmp_path, llama_folder):
 
 VARIANTS = {
     "checkpointing": {"train": {"activation_checkpointing": True}},
+    "in turns": {"boolean": {"turns": 2}},
     "no teacher": {"loss": {"teacher": "none"}},
     "hidden states": {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
     "probed": {"train": {"probe_every": 4}},
