@@ -17,8 +17,8 @@ import math
 
 import torch
 
-from mbdist.convert.calibration import LayerMoments
 from mbdist.convert.joint import joint
+from mbdist.convert.moments import LayerMoments
 from mbdist.convert.svid import successive_residuals
 from mbdist.errors import UserError
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -44,7 +48,7 @@ def is_multi_boolean(source: ModelConfig) -> bool:
 
 def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal LM, float or multi-Boolean, in eval mode. Scales of a multi-Boolean model stay fp32."""
-    with _clear_errors(source):
+    with clear_errors(source):
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if source.gguf_file else {}
         model, info = AutoModelForCausalLM.from_pretrained(
             **_arguments(source), **unpack, dtype=dtype, output_loading_info=True
@@ -60,14 +64,36 @@ def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
     return model.eval()
 
 
+def empty_model(source: ModelConfig) -> PreTrainedModel:
+    """A causal LM without its weights, in eval mode: parameters (fp32) on the meta device, buffers as they are.
+
+    Raises UserError where the architecture is no causal LM of transformers'.
+    """
+    config = load_model_config(source)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{source.path} holds a {config.model_type} model, which is not a causal language model")
+    with clear_errors(source), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
+        )
+    model.tie_weights()
+    if model.can_generate() and not source.gguf_file:
+        with contextlib.suppress(OSError):  # many models come without one
+            model.generation_config = GenerationConfig.from_pretrained(
+                resolve_path(source.path), revision=source.revision or "main"
+            )
+    return model.eval()
+
+
 def load_tokenizer(source: ModelConfig) -> PreTrainedTokenizerBase:
-    with _clear_errors(source):
+    with clear_errors(source):
         return AutoTokenizer.from_pretrained(**_arguments(source))
 
 
 def load_model_config(source: ModelConfig) -> PreTrainedConfig:
     """The model's own config, without its weights."""
-    with _clear_errors(source):
+    with clear_errors(source):
         return AutoConfig.from_pretrained(**_arguments(source))
 
 
@@ -88,7 +114,7 @@ def _arguments(source: ModelConfig) -> dict:
     return arguments if source.gguf_file else {key: arguments[key] for key in arguments if key != "gguf_file"}
 
 
-class _clear_errors:
+class clear_errors:
     """Turns the loaders' many exceptions into one message that names the model."""
 
     def __init__(self, source: ModelConfig):
