@@ -262,7 +262,8 @@ def test_convert_save_load(architecture, tmp_path, tokenizer):
     reports, model = models.convert(original, tmp_path, ConvertConfig(planes=4, init="joint"))
     assert len(reports) == len(convertible_layers(original)) == len(list(boolean_layers(model)))
     assert all(0 < report.relative_error < 0.1 for report in reports)
-    assert 4 < bits_per_weight(model) == pytest.approx(bits_per_weight_of(reports)) < 10
+    assert 4 < bits_per_weight(model) < 10
+    assert bits_per_weight_of(reports) == bits_per_weight(model)
     logits, float_logits = model(ids).logits, original(ids).logits
     assert (logits - float_logits).norm() < 0.8 * float_logits.norm()  # near, as 4 bits are: not another model
     state, floats = model.state_dict(), original.state_dict()
