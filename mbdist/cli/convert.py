@@ -69,8 +69,6 @@ def convert(
             raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
     if planes is not None and bits is not None:
         raise UserError("--planes and --bits exclude each other: name one")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     settings = ConvertConfig(
         planes=planes or 2,

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import mbdist
 from mbdist.config.schema import ConvertConfig, ModelConfig
-from mbdist.convert.allocation import allocate, plane_bits, residual_errors, second_order_errors
+from mbdist.convert.allocation import allocate, plane_bits, residual_errors, second_order_errors, spare_bits
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, layers_by_block
 from mbdist.convert.calibration import BlockCalibration, BlockWalk
@@ -80,10 +80,14 @@ class Conversion:
     ):
         self.source, self.output, self.config = source, output, config
         self.dtype, self.spread, self.optimizer, self.replace = dtype, spread, optimizer, replace
+        if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
         self.model = empty_model(source)
         if not source.gguf_file and getattr(self.model.config, "quantization_config", None):
             raise UserError(f"{source.path} is quantised already; convert the float model that it was made from")
         self.layers = convertible_layers(self.model, config.include, config.exclude)  # all of them empty
+        if config.bits is not None:
+            spare_bits(self.shapes, config.bits)
         self.layers_of = layers_by_block(self.model, self.layers)
         self.shards = list(cut_into_shards(self.model, self.layers_of))
         files = safetensors_of(source)
@@ -99,6 +103,11 @@ class Conversion:
             rewritten=self.loads_whole,
             there=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) by layer."""
+        return {name: linear_shape(layer) for name, layer in self.layers.items()}
 
     @property
     def loads_whole(self) -> bool:
@@ -175,8 +184,8 @@ class Conversion:
             tensors |= {f"{name}.plane_{k}": plane for k, plane in enumerate(of_layer.planes)}
             tensors |= {f"{name}.scale_out": of_layer.scale_out, f"{name}.scale_in": of_layer.scale_in}
             error = of_layer.relative_error(self._weight(name))
-            shape = linear_shape(self.layers[name])
-            reports.append(vars(LayerReport(name, shape, len(of_layer.planes), error, output_error)))
+            report = LayerReport(name, linear_shape(self.layers[name]), len(of_layer.planes), error, output_error)
+            reports.append(vars(report))
         return self._weights.as_saved({name: tensor.contiguous() for name, tensor in tensors.items()}), reports
 
     def _weight(self, name: str) -> torch.Tensor:
@@ -191,7 +200,7 @@ class Conversion:
         config = self.config
         if config.bits is None:
             return dict.fromkeys(self.layers, config.planes)
-        shapes = {name: linear_shape(layer) for name, layer in self.layers.items()}
+        shapes = self.shapes
         second_order = config.allocation == "second_order"
         if second_order:
             jobs = ((self._weight(name), moments[name], config.max_planes) for name in self.layers)
@@ -210,7 +219,7 @@ class Conversion:
         tokens = {str(number): batch for number, batch in enumerate(batches)}
         return {
             **self.config.model_dump(mode="json"),
-            "the model": [*self.source.model_dump().values(), fingerprint_files(files)],
+            "the model": [self.source.gguf_file, self.model.config.to_json_string(), fingerprint_files(files)],
             "the calibration text": hash_tensors(tokens),
             "the compute type": str(self.dtype),
             "the version of mbdist": mbdist.__version__,

@@ -194,6 +194,8 @@ def test_another_conversion_to_the_same_folder_is_refused_or_replaces_it(tmp_pat
     with pytest.raises(UserError, match=r"unfinished conversion with other settings \(planes\)"):
         next(Conversion(source, output, ConvertConfig(init="joint", planes=3)).run())
     list(Conversion(source, output, ConvertConfig(init="joint", planes=3), replace=True).run())
+    with pytest.raises(UserError, match="out exists and is not an empty folder"):
+        Conversion(source, output, ConvertConfig(init="joint", planes=3))
     assert json.loads((output / "config.json").read_text())["quantization_config"]["planes"].popitem()[1] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
