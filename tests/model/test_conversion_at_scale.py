@@ -292,6 +292,27 @@ def test_too_little_disk_is_found_before_the_work(tmp_path, llama_folder):
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+def test_a_disk_that_fills_up_costs_nothing_that_is_done(tmp_path, llama_folder):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        source, output = ModelConfig(path=str(llama_folder)), tmp_path / "out"
+        run = Conversion(source, output, ConvertConfig(init="joint")).run()
+        reports = [next(run) for _ in range(7)]
+        with pytest.raises(OSError), (tmp_path / "ballast").open("wb") as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        with pytest.raises(UserError, match=r"cannot save to .*out: .*No space left"):
+            next(run)
+        assert not output.exists()
+        (tmp_path / "ballast").unlink()
+        done = list(Conversion(source, output, ConvertConfig(init="joint")).run())
+        assert done[:7] == reports and len(done) == 14 and load_model(ModelConfig(path=str(output)))
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """Blocks of 50 MB in fp32; with eight more of them, a model held whole would take 400 MB more."""
