@@ -122,7 +122,7 @@ class Conversion:
         """Convert, yielding a report after each layer; ``output`` is there, complete, once this is exhausted."""
         batches = list(calibration)
         with PartialFolder(self.output, self._key(batches), len(self.shards), self.replace) as folder:
-            left = {name for number, shard in enumerate(self.shards) if not folder.has(number) for name in shard.layers}
+            left = [name for number, shard in enumerate(self.shards) if not folder.has(number) for name in shard.layers]
             if self._weights is None and not all(map(folder.has, range(len(self.shards)))):
                 self._weights = _rewritten(self.source, folder.scratch / "float")
             moments: dict[str, LayerMoments] = {}
@@ -130,41 +130,38 @@ class Conversion:
                 blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, Aside(folder.scratch), self._hold)
                 moments = squared_moments(blocks, _SQUARED_BATCHES)
             planes = folder.remembered("planes", partial(self._choose_planes, moments))
-            walk: Iterator[BlockCalibration] = iter(())
-            if self.config.init == "calibrated" and left:
-                finished = {block for block, names in self.layers_of.items() if not left.intersection(names)}
+            if self.config.init != "calibrated":
+                matrices = [Matrix(partial(self._weight, name), planes[name]) for name in left]
+                initialized = INITIALIZATIONS[self.config.init](matrices, self.spread)
+            elif left:
+                finished = {block for block, names in self.layers_of.items() if not set(left).intersection(names)}
                 walk = iter(BlockWalk(blocks, self.config.sequential, self.config.reconstructs, finished))
             for number, shard in enumerate(self.shards):
                 if not folder.has(number):
-                    found, output_error = self._converted(shard.layers, planes, moments, walk)
+                    found, output_error = {}, None
+                    if shard.layers and self.config.init == "calibrated":
+                        found, output_error = self._calibrated(next(walk), planes, moments)
+                    elif shard.layers:
+                        found = {name: next(initialized) for name in shard.layers}
                     folder.write(number, *self._described(shard, found, output_error))
                 for report in folder.reports(number):
                     yield LayerReport(**{**report, "shape": tuple(report["shape"])})
             folder.finish(partial(self._save_rest, planes, tokenizer))
 
-    def _converted(
-        self,
-        names: list[str],
-        planes: dict[str, int],
-        moments: dict[str, LayerMoments],
-        walk: Iterator[BlockCalibration],
+    def _calibrated(
+        self, block: BlockCalibration, planes: dict[str, int], moments: dict[str, LayerMoments]
     ) -> tuple[dict[str, PlaneSet], float | None]:
-        """Planes and scales of the layers of one shard, and the error of their block's outputs."""
-        if not names:
-            return {}, None
-        block = next(walk, None)
+        """Planes and scales of the layers of a block, and the error of its outputs where it is reconstructed."""
         matrices = []
-        for name in names:
-            of_layer = moments.get(name)
-            if block is not None:
-                of_layer.gram = block.grams.pop(name)
-            matrices.append(Matrix(partial(self._weight, name), planes[name], of_layer))
-        found = dict(zip(names, INITIALIZATIONS[self.config.init](matrices, self.spread), strict=True))
-        if block is None or block.name is None or not (self.config.sequential or self.config.reconstructs):
+        for name in block.layers:
+            moments[name].gram = block.grams.pop(name)
+            matrices.append(Matrix(partial(self._weight, name), planes[name], moments[name]))
+        found = dict(zip(block.layers, INITIALIZATIONS["calibrated"](matrices, self.spread), strict=True))
+        if block.name is None or not (self.config.sequential or self.config.reconstructs):
             return found, None
         output_error = None
-        originals = {name: self.model.get_submodule(name) for name in names}
-        layers = {name: layer_from(found[name], originals[name].bias) for name in names}
+        originals = {name: self.model.get_submodule(name) for name in block.layers}
+        layers = {name: layer_from(found[name], original.bias) for name, original in originals.items()}
         for name, layer in layers.items():
             replace_module(self.model, name, layer)
         with self._hold([block.name]):

@@ -40,16 +40,16 @@ class Matrix:
     moments: LayerMoments | None = None  # where the initialisation is calibrated; its gram is given up to it
 
 
-# (matrices of one block, spread) -> planes and scales of each
-Initialization = Callable[[Sequence[Matrix], Spread], list[PlaneSet]]
+# (matrices, spread) -> planes and scales of each, in order; calibrated ones are those of one block
+Initialization = Callable[[Sequence[Matrix], Spread], Iterator[PlaneSet]]
 
 
 def _from_weights(initialize: Callable[[torch.Tensor, int], PlaneSet]) -> Initialization:
-    """One that needs no data: a job a matrix."""
-    return lambda matrices, spread: list(spread(initialize, ((each.read(), each.num_planes) for each in matrices)))
+    """One that needs no data: a job a matrix, begun when it is asked for or, on workers, when one is free."""
+    return lambda matrices, spread: iter(spread(initialize, ((each.read(), each.num_planes) for each in matrices)))
 
 
-def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
+def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> Iterator[PlaneSet]:
     whole = (
         (each.read(), each.num_planes, each.moments.input_squares, each.moments.output_squares) for each in matrices
     )
@@ -68,7 +68,7 @@ def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
                 plane[rows] = part
             planes.scale_out[:, rows] = scale_out
         del metric
-    return [ordered_by_scale(planes) for planes in found]
+    return map(ordered_by_scale, found)
 
 
 def _taken_gram(matrices: Sequence[Matrix], numbers: list[int]) -> tuple[torch.Tensor]:

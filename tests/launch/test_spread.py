@@ -30,9 +30,9 @@ def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init):
             for (weight, planes), squares in zip(weights, output_squares, strict=True)
         ]
 
-    alone = INITIALIZATIONS[init](matrices(), in_turn)
+    alone = list(INITIALIZATIONS[init](matrices(), in_turn))
     with spread_over(2) as spread:
-        shared = INITIALIZATIONS[init](matrices(), spread)
+        shared = list(INITIALIZATIONS[init](matrices(), spread))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.planes, other.planes, strict=True))
         assert torch.equal(one.scale_out, other.scale_out) and torch.equal(one.scale_in, other.scale_in)

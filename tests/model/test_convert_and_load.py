@@ -33,7 +33,7 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
 
 def calibrated(weight, num_planes, moments):
-    return INITIALIZATIONS["calibrated"]([Matrix(lambda: weight, num_planes, moments)], in_turn)[0]
+    return next(INITIALIZATIONS["calibrated"]([Matrix(lambda: weight, num_planes, moments)], in_turn))
 
 
 def test_svid_of_a_positive_matrix_is_the_best_rank_one():
