@@ -143,6 +143,7 @@ class Conversion:
                         found, output_error = self._calibrated(next(walk), planes, moments)
                     elif shard.layers:
                         found = {name: next(initialized) for name in shard.layers}
+                    assert list(found) == shard.layers, "the walk is at another block"
                     folder.write(number, *self._described(shard, found, output_error))
                 for report in folder.reports(number):
                     yield LayerReport(**{**report, "shape": tuple(report["shape"])})
