@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.convert import Conversion, LayerReport
+from mbdist.model.loading import load_model
 
 VOCABULARY = 512
 CHAT_TEMPLATE = (
@@ -78,6 +83,16 @@ def save_small_model(folder: Path, architecture: str = "llama", layers: int = 2)
     small_model(architecture, layers).save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
     return folder
+
+
+def convert(
+    model: transformers.PreTrainedModel, folder: Path, config: ConvertConfig, calibration=(), dtype=torch.float32
+) -> tuple[list[LayerReport], transformers.PreTrainedModel]:
+    """(reports, converted model) by way of files: ``folder/float`` and ``folder/out``."""
+    model.save_pretrained(folder / "float")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    reports = list(Conversion(ModelConfig(path=str(folder / "float")), folder / "out", config, dtype).run(calibration))
+    return reports, load_model(ModelConfig(path=str(folder / "out")))
 
 
 def run_settings(run_dir: Path, model: Path, **sections) -> dict:

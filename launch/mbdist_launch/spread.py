@@ -59,7 +59,7 @@ def spread_over(workers: int) -> Iterator[Spread]:
 
 def _on_one_core(function: Callable[..., Any], *arguments: Any) -> Any:
     torch.set_num_threads(1)
-    return function(*map(_copied, arguments))
+    return _copied(function(*map(_copied, arguments)))  # of a view, Ray would send all that it is a view of
 
 
 def _copied(argument: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -153,6 +155,8 @@ def measure_gptq(config: RunConfig, bits: int, group: int) -> dict:
 
 
 def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calibrated: bool) -> dict:
+    from mbdist.convert.aside import Aside
+    from mbdist.convert.blocks import ModelBlocks
     from mbdist.convert.calibration import BlockCalibration, BlockWalk
     from mbdist.data.calibration import calibration_batches
     from mbdist.model.layers import convertible_layers, linear_weight
@@ -160,14 +164,16 @@ def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calib
     _set_up(config)
     model = _load_float(config)
     layers = convertible_layers(model, config.convert.include, config.convert.exclude)
-    blocks: Iterable[BlockCalibration] = [BlockCalibration(list(layers), {})]
-    if calibrated:
-        batches = calibration_batches(_corpus(config).train, config.convert.calibration_tokens)
-        blocks = BlockWalk(model, layers, batches, torch.bfloat16, sequential=True)
-    for block in blocks:
-        for name in block.layers:
-            weight = linear_weight(layers[name])  # a view: writing to it changes the layer
-            weight.copy_(quantize(weight.clone(), block.grams.get(name)))
+    blocks: Iterable[BlockCalibration] = [BlockCalibration(None, list(layers), {})]
+    with tempfile.TemporaryDirectory() as folder:
+        if calibrated:
+            batches = calibration_batches(_corpus(config).train, config.convert.calibration_tokens)
+            parts = ModelBlocks(model, layers, batches, torch.bfloat16, Aside(Path(folder)))
+            blocks = BlockWalk(parts, sequential=True)
+        for block in blocks:
+            for name in block.layers:
+                weight = linear_weight(layers[name])  # a view: writing to it changes the layer
+                weight.copy_(quantize(weight.clone(), block.grams.get(name)))
     return {**_measure_dense(config, model, uniform_bits(bits, group)), "planes": None}
 
 

@@ -137,7 +137,7 @@ class DenseTrainer:
         student = load_model(config.model).to(device)
         choose_trained_floats(student, config.floats.also_train, dtype)
         if config.train.activation_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False})
         linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
         for layer in linear:
             layer.requires_grad_(True)

@@ -54,7 +54,9 @@ def convert(
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Turn a float model into a multi-Boolean one.
+    """Turn a float model into a multi-Boolean one, block by block: the model is never in memory as a whole.
+
+    Killed, it leaves what is done beside OUTPUT, and the same command goes on from there.
 
     Example: `mbdist convert path/or/hub-id out/2bit --planes 2 --init calibrated --python-docs`
     Example: `mbdist convert path/or/hub-id out/2.5bit --bits 2.5 --init calibrated --text corpus.txt`
@@ -67,8 +69,6 @@ def convert(
             raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
     if planes is not None and bits is not None:
         raise UserError("--planes and --bits exclude each other: name one")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     settings = ConvertConfig(
         planes=planes or 2,
@@ -101,32 +101,36 @@ def _convert(
 ) -> None:
     import torch
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-    from mbdist.convert import convert_model
+    from mbdist.convert import Conversion, bits_per_weight
     from mbdist.data.calibration import calibration_batches
     from mbdist.data.windows import load_windows
-    from mbdist.model.layers import bits_per_weight, convertible_layers
-    from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
-    from mbdist.model.saving import save_model
+    from mbdist.model.loading import check_window, is_multi_boolean, load_model_config, load_tokenizer
     from mbdist.train.environment import compute_dtype
 
     if is_multi_boolean(source):
         raise UserError(f"{source.path} is multi-Boolean already")
     console = Console()
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    calibration = []
-    if data is not None:
-        check_window(data.window, model.config, "--window")
-        windows = load_windows(data.train, data, tokenizer)
-        calibration = calibration_batches(windows, settings.calibration_tokens)
-    dtype = compute_dtype("auto", torch.device("cpu"))
-    total = len(convertible_layers(model, settings.include, settings.exclude))
     with _spread(workers) as spread:
-        found = convert_model(model, settings, calibration, dtype, spread)
-        reports = list(track(found, "converting", total, console=console))
-    save_model(model, tokenizer, output)
+        conversion = Conversion(source, output, settings, compute_dtype("auto", torch.device("cpu")), spread)
+        if conversion.loads_whole:
+            console.print(f"{source.path} is not in safetensors files: it is loaded whole once, and rewritten as such")
+        tokenizer = load_tokenizer(source)
+        calibration = []
+        if data is not None:
+            check_window(data.window, load_model_config(source), "--window")
+            windows = load_windows(data.train, data, tokenizer)
+            calibration = calibration_batches(windows, settings.calibration_tokens)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        reports = []
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("reading", total=len(conversion.layers))
+            for report in conversion.run(calibration, tokenizer):
+                reports.append(report)
+                description = f"{report.name}: relative error {report.relative_error:.4f}"
+                progress.update(task, advance=1, description=description)
     reconstructed = any(report.output_error is not None for report in reports)
     table = Table("layer", "out x in", "planes", "relative error", *(["error of its block's outputs"] * reconstructed))
     for report in reports:
@@ -138,10 +142,10 @@ def _convert(
             *([f"{report.output_error:.4f}" if report.output_error is not None else ""] * reconstructed),
         )
     console.print(table)
-    size = sum(parameter.nbytes for parameter in model.parameters())  # what stays float included
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))  # what stays float included
     mean = sum(report.relative_error for report in reports) / len(reports)
     console.print(
-        f"{len(reports)} layers, {bits_per_weight(model):.3f} bits a weight (scales included), "
+        f"{len(reports)} layers, {bits_per_weight(reports):.3f} bits a weight (scales included), "
         f"mean relative error {mean:.4f}; all parameters {size / 2**20:,.0f} MiB; written to {output}"
     )
 

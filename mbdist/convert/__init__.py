@@ -1,5 +1,5 @@
 """From a float model to a multi-Boolean one."""
 
-from mbdist.convert.convert import LayerReport, convert_model
+from mbdist.convert.convert import Conversion, LayerReport, bits_per_weight
 
-__all__ = ["LayerReport", "convert_model"]
+__all__ = ["Conversion", "LayerReport", "bits_per_weight"]

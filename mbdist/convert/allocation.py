@@ -17,8 +17,8 @@ import math
 
 import torch
 
-from mbdist.convert.calibration import LayerMoments
 from mbdist.convert.joint import joint
+from mbdist.convert.moments import LayerMoments
 from mbdist.convert.svid import successive_residuals
 from mbdist.errors import UserError
 
@@ -54,6 +54,16 @@ def residual_errors(
     return [norm * math.log(1 / share) / share for norm in successive_residuals(weight, max_planes)]
 
 
+def spare_bits(shapes: dict[str, tuple[int, int]], average_bits: float) -> float:
+    """What a budget leaves after one plane each. Raises UserError where it is less than nothing."""
+    weights = sum(m * n for m, n in shapes.values())
+    least = sum(plane_bits(shape) for shape in shapes.values())
+    if average_bits * weights < least:
+        least /= weights
+        raise UserError(f"{average_bits} bits a weight are too few: one plane each, with scales, takes {least:.3f}")
+    return average_bits * weights - least
+
+
 def allocate(
     errors: dict[str, list[float]],  # by matrix: the objective's term with 1, 2, .. planes
     shapes: dict[str, tuple[int, int]],
@@ -61,11 +71,7 @@ def allocate(
     per_bit: bool,  # rank by gain a bit, not by gain
 ) -> dict[str, int]:
     """Planes by matrix. Raises UserError where not even one plane each fits the budget."""
-    weights = sum(m * n for m, n in shapes.values())
-    left = average_bits * weights - sum(plane_bits(shape) for shape in shapes.values())
-    if left < 0:
-        least = (average_bits * weights - left) / weights
-        raise UserError(f"{average_bits} bits a weight are too few: one plane each, with scales, takes {least:.3f}")
+    left = spare_bits(shapes, average_bits)
     chosen = dict.fromkeys(shapes, 1)
 
     def gain(name: str) -> float:

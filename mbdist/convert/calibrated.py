@@ -19,7 +19,7 @@ import torch
 
 from mbdist.convert.joint import joint, least_squares
 from mbdist.convert.planes import PlaneSet
-from mbdist.convert.weighted_matrix import WeightedMatrix
+from mbdist.convert.weighted_matrix import WeightedMatrix, row_chunks
 from mbdist_kernels import feed_errors_forward, pack_signs, signs_of_codes
 
 _DAMPING = 0.01  # of the mean of H's diagonal
@@ -55,14 +55,28 @@ class OutputMetric:
     @classmethod
     def of(
         cls,
-        gram: torch.Tensor,  # (n, n) fp32: X^T X
+        gram: torch.Tensor,  # (n, n) fp32: X^T X; becomes the Hessian
     ) -> OutputMetric:
-        hessian = gram.clone()
+        hessian, n = gram, len(gram)
         hessian.diagonal().add_(_DAMPING * gram.diagonal().mean().clamp_min(1e-30))
         order = hessian.diagonal().argsort(descending=True)
-        # fp64: the inverse of a nearly singular H loses most of fp32's digits
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
-        return cls(hessian, order, torch.linalg.cholesky(inverse, upper=True).float())
+        # fp64: the inverse of a nearly singular H loses most of fp32's digits. All of it happens in one buffer, which
+        # LAPACK wants by columns.
+        factor = torch.empty(n, n, dtype=torch.float64).T
+        for part in row_chunks((n, n)):
+            factor[part] = hessian[order[part]][:, order].double()
+        torch.linalg.cholesky(factor, out=factor)
+        torch.cholesky_inverse(factor, out=factor)
+        torch.linalg.cholesky(factor, upper=True, out=factor)
+        return cls(hessian, order, _halved(factor.T).T)
+
+
+def _halved(matrix: torch.Tensor) -> torch.Tensor:
+    """(n, n) fp64 -> fp32, in the first half of its own memory."""
+    halves = matrix.view(-1).view(torch.float32)[: matrix.numel()].view(matrix.shape)
+    for part in row_chunks(tuple(matrix.shape)):
+        halves[part] = matrix[part].float()
+    return halves
 
 
 def choose_signs(

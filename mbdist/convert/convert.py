@@ -1,24 +1,43 @@
-"""Replaces the linear layers of a model in place, one matrix at a time."""
+"""Reads a float model's files and writes a multi-Boolean model's, one block at a time: the model is never in memory.
+
+A block whose file is written is done. A conversion that is killed goes on from the first block that is not, and writes
+the same bits as if it had not been.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
-from mbdist.config.schema import ConvertConfig
-from mbdist.convert.allocation import allocate, residual_errors, second_order_errors
-from mbdist.convert.calibration import BlockCalibration, BlockWalk, LayerMoments, layers_by_block, squared_moments
+import mbdist
+from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.convert.allocation import allocate, plane_bits, residual_errors, second_order_errors, spare_bits
+from mbdist.convert.aside import Aside
+from mbdist.convert.blocks import ModelBlocks, layers_by_block
+from mbdist.convert.calibration import BlockCalibration, BlockWalk
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, Spread, in_turn
+from mbdist.convert.moments import LayerMoments, squared_moments
+from mbdist.convert.partial_folder import PartialFolder, partial_folder_of
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.reconstruction import reconstruct
+from mbdist.convert.shards import Shard, check_disk, cut_into_shards
+from mbdist.data.calibration import BATCH_TOKENS
 from mbdist.errors import UserError
-from mbdist.model.layers import convertible_layers, linear_shape, linear_weight, replace_module
+from mbdist.model.hashing import fingerprint_files, hash_tensors
+from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.model.quantizer import MultiBooleanConfig, MultiBooleanQuantizer
+from mbdist.model.loading import empty_model, load_model, resolve_path
+from mbdist.model.quantizer import MultiBooleanConfig
+from mbdist.model.saving import replaced_folder
+from mbdist.model.weight_files import WeightFiles, safetensors_of
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 
 _SQUARED_BATCHES = 8  # of 2048 tokens: vectors need fewer than X^T X, and a backward pass costs more
@@ -35,69 +54,197 @@ class LayerReport:
     output_error: float | None = None  # ||Y - Y_hat||^2 / ||Y||^2 of its block's outputs, where they are reconstructed
 
 
-def convert_model(
-    model: PreTrainedModel,
-    config: ConvertConfig,
-    calibration: Iterable[torch.Tensor] = (),  # batches of token ids (batch, window), where config.needs_calibration
-    dtype: torch.dtype = torch.float32,  # of the calibration's passes through the model
-    spread: Spread = in_turn,  # of the matrices of a block, and of their rows, over processes
-    optimizer: OptimizerOfBits = BooleanOptimizer,  # of a reconstruction
-) -> Iterator[LayerReport]:
-    """Convert the chosen layers in place, yielding a report after each; the model can be saved once it is exhausted."""
-    initialize = INITIALIZATIONS[config.init]
-    chosen = convertible_layers(model, config.include, config.exclude)
-    batches = list(calibration)
-    moments = squared_moments(model, chosen, batches[:_SQUARED_BATCHES], dtype) if config.needs_calibration else {}
-    planes = choose_planes(chosen, config, moments, spread)
-    blocks: Iterable[BlockCalibration] = [
-        BlockCalibration(names, {}) for names in layers_by_block(model, chosen).values()
-    ]
-    if config.init == "calibrated":
-        blocks = BlockWalk(model, chosen, batches, dtype, config.sequential, follow_both=config.reconstructs)
-    for block in blocks:
-        originals = {name: chosen.pop(name) for name in block.layers}
+def bits_per_weight(reports: Iterable[LayerReport]) -> float:
+    """Average bits a weight of the converted layers: planes and fp32 scales counted, biases not."""
+    reports = list(reports)
+    bits = sum(report.planes * plane_bits(report.shape) for report in reports)
+    return bits / sum(report.shape[0] * report.shape[1] for report in reports)
+
+
+class Conversion:
+    """One float model on its way into the folder ``output``. Making one checks all that can be known before the work.
+
+    Raises UserError where the model has no layers to convert, its checkpoint is incomplete or does not fit its config,
+    or the disk has no room for the output.
+    """
+
+    def __init__(
+        self,
+        source: ModelConfig,
+        output: Path,
+        config: ConvertConfig,
+        dtype: torch.dtype = torch.float32,  # of the calibration's passes through the model
+        spread: Spread = in_turn,  # of the matrices of a block, and of their rows, over processes
+        optimizer: OptimizerOfBits = BooleanOptimizer,  # of a reconstruction
+        replace: bool = False,  # an earlier output, and what an unfinished one of other settings left
+    ):
+        self.source, self.output, self.config = source, output, config
+        self.dtype, self.spread, self.optimizer, self.replace = dtype, spread, optimizer, replace
+        if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
+        self.model = empty_model(source)
+        if not source.gguf_file and getattr(self.model.config, "quantization_config", None):
+            raise UserError(f"{source.path} is quantised already; convert the float model that it was made from")
+        self.layers = convertible_layers(self.model, config.include, config.exclude)  # all of them empty
+        if config.bits is not None:
+            spare_bits(self.shapes, config.bits)
+        self.layers_of = layers_by_block(self.model, self.layers)
+        self.shards = list(cut_into_shards(self.model, self.layers_of))
+        files = safetensors_of(source)
+        self._weights = WeightFiles(source, files, self.model) if files else None
+        folder = partial_folder_of(output)
+        check_disk(
+            output,
+            self.model,
+            self.layers,
+            config,
+            squared_tokens=_SQUARED_BATCHES * BATCH_TOKENS,
+            num_blocks=len(self.layers_of) - 1,
+            rewritten=self.loads_whole,
+            there=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) by layer."""
+        return {name: linear_shape(layer) for name, layer in self.layers.items()}
+
+    @property
+    def loads_whole(self) -> bool:
+        """Whether the model is in a format (GGUF, pickle) that has to be read whole, once, into memory."""
+        return self._weights is None
+
+    def run(
+        self,
+        calibration: Iterable[torch.Tensor] = (),  # batches of token ids (batch, window), if config.needs_calibration
+        tokenizer: PreTrainedTokenizerBase | None = None,  # to save with the model
+    ) -> Iterator[LayerReport]:
+        """Convert, yielding a report after each layer; ``output`` is there, complete, once this is exhausted."""
+        batches = list(calibration)
+        with PartialFolder(self.output, self._key(batches), len(self.shards), self.replace) as folder:
+            left = [name for number, shard in enumerate(self.shards) if not folder.has(number) for name in shard.layers]
+            if self._weights is None and not all(map(folder.has, range(len(self.shards)))):
+                self._weights = _rewritten(self.source, folder.scratch / "float")
+            moments: dict[str, LayerMoments] = {}
+            if self.config.needs_calibration and left:
+                blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, Aside(folder.scratch), self._hold)
+                moments = squared_moments(blocks, _SQUARED_BATCHES)
+            planes = folder.remembered("planes", partial(self._choose_planes, moments))
+            if self.config.init != "calibrated":
+                matrices = [Matrix(partial(self._weight, name), planes[name]) for name in left]
+                initialized = INITIALIZATIONS[self.config.init](matrices, self.spread)
+            elif left:
+                finished = {block for block, names in self.layers_of.items() if not set(left).intersection(names)}
+                walk = iter(BlockWalk(blocks, self.config.sequential, self.config.reconstructs, finished))
+            for number, shard in enumerate(self.shards):
+                if not folder.has(number):
+                    found, output_error = {}, None
+                    if shard.layers and self.config.init == "calibrated":
+                        found, output_error = self._calibrated(next(walk), planes, moments)
+                    elif shard.layers:
+                        found = {name: next(initialized) for name in shard.layers}
+                    assert list(found) == shard.layers, "the walk is at another block"
+                    folder.write(number, *self._described(shard, found, output_error))
+                for report in folder.reports(number):
+                    yield LayerReport(**{**report, "shape": tuple(report["shape"])})
+            folder.finish(partial(self._save_rest, planes, tokenizer))
+
+    def _calibrated(
+        self, block: BlockCalibration, planes: dict[str, int], moments: dict[str, LayerMoments]
+    ) -> tuple[dict[str, PlaneSet], float | None]:
+        """Planes and scales of the layers of a block, and the error of its outputs where it is reconstructed."""
         matrices = []
-        for name, original in originals.items():
-            weight = linear_weight(original)
-            if not torch.isfinite(weight).all():
-                raise UserError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")
-            of_layer = moments.pop(name, None)
-            if of_layer is not None:
-                of_layer.gram = block.grams.pop(name, None)
-            matrices.append(Matrix(weight, planes[name], of_layer))
-        for (name, original), found in zip(originals.items(), initialize(matrices, spread), strict=True):
-            replace_module(model, name, layer_from(found, original.bias))
+        for name in block.layers:
+            moments[name].gram = block.grams.pop(name)
+            matrices.append(Matrix(partial(self._weight, name), planes[name], moments[name]))
+        found = dict(zip(block.layers, INITIALIZATIONS["calibrated"](matrices, self.spread), strict=True))
+        if block.name is None or not (self.config.sequential or self.config.reconstructs):
+            return found, None
         output_error = None
-        if config.reconstructs and block.targets:
-            layers = {name: model.get_submodule(name) for name in originals}
-            output_error = reconstruct(layers, block, config.reconstruction, optimizer)
-        for name, matrix in zip(originals, matrices, strict=True):
-            error = planes_of(model.get_submodule(name)).relative_error(matrix.weight)
-            yield LayerReport(name, tuple(matrix.weight.shape), planes[name], error, output_error)
-    quantization = MultiBooleanConfig(planes=planes)
-    model.config.quantization_config = quantization
-    model.hf_quantizer = MultiBooleanQuantizer(quantization)
-    model.is_quantized = True
+        originals = {name: self.model.get_submodule(name) for name in block.layers}
+        layers = {name: layer_from(found[name], original.bias) for name, original in originals.items()}
+        for name, layer in layers.items():
+            replace_module(self.model, name, layer)
+        with self._hold([block.name]):
+            if self.config.reconstructs:
+                output_error = reconstruct(layers, block, self.config.reconstruction, self.optimizer)
+            _ = block.outputs  # put aside before the shard is written: a conversion that is killed goes on from them
+        for name, original in originals.items():
+            replace_module(self.model, name, original)
+        return {name: planes_of(layer) for name, layer in layers.items()}, output_error
+
+    def _described(
+        self, shard: Shard, found: dict[str, PlaneSet], output_error: float | None
+    ) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        """A shard's tensors and its layers' reports."""
+        tensors, reports = self._weights.read(*shard.floats), []
+        for name, of_layer in found.items():
+            tensors |= {f"{name}.plane_{k}": plane for k, plane in enumerate(of_layer.planes)}
+            tensors |= {f"{name}.scale_out": of_layer.scale_out, f"{name}.scale_in": of_layer.scale_in}
+            error = of_layer.relative_error(self._weight(name))
+            report = LayerReport(name, linear_shape(self.layers[name]), len(of_layer.planes), error, output_error)
+            reports.append(vars(report))
+        return self._weights.as_saved({name: tensor.contiguous() for name, tensor in tensors.items()}), reports
+
+    def _weight(self, name: str) -> torch.Tensor:
+        (weight,) = self._weights.read(f"{name}.weight").values()
+        return weight if isinstance(self.layers[name], nn.Linear) else weight.T
+
+    def _hold(self, parts: list[str]) -> AbstractContextManager:
+        return self._weights.filled(self.model, parts, linear_dtype=self.dtype)
+
+    def _choose_planes(self, moments: dict[str, LayerMoments]) -> dict[str, int]:
+        """Planes by layer: the same for all, or by allocation where a budget of bits is given."""
+        config = self.config
+        if config.bits is None:
+            return dict.fromkeys(self.layers, config.planes)
+        shapes = self.shapes
+        second_order = config.allocation == "second_order"
+        if second_order:
+            jobs = ((self._weight(name), moments[name], config.max_planes) for name in self.layers)
+        else:
+            weights = sum(m * n for m, n in shapes.values())
+            jobs = ((self._weight(name), m * n / weights, config.max_planes) for name, (m, n) in shapes.items())
+        errors = self.spread(second_order_errors if second_order else residual_errors, jobs)
+        return allocate(dict(zip(shapes, errors, strict=True)), shapes, config.bits, per_bit=second_order)
+
+    def _key(self, batches: list[torch.Tensor]) -> dict[str, object]:
+        """What the output depends on."""
+        if self._weights is not None:
+            files = self._weights.files
+        else:
+            files = [file for file in Path(resolve_path(self.source.path)).glob("*.*") if file.is_file()]
+        tokens = {str(number): batch for number, batch in enumerate(batches)}
+        return {
+            **self.config.model_dump(mode="json"),
+            "the model": [self.source.gguf_file, self.model.config.to_json_string(), fingerprint_files(files)],
+            "the calibration text": hash_tensors(tokens),
+            "the compute type": str(self.dtype),
+            "the version of mbdist": mbdist.__version__,
+        }
+
+    def _save_rest(self, planes: dict[str, int], tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+        """What ``save_pretrained`` writes besides weights."""
+        model, config = self.model, self.model.config
+        config.quantization_config = MultiBooleanConfig(planes=planes)
+        config.dtype = "float32"
+        config.architectures = [type(model).__name__]
+        if model.is_remote_code():
+            custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
-def choose_planes(
-    layers: dict[str, nn.Module], config: ConvertConfig, moments: dict[str, LayerMoments], spread: Spread = in_turn
-) -> dict[str, int]:
-    """Planes by layer: the same for all, or by allocation where a budget of bits is given."""
-    if config.bits is None:
-        return dict.fromkeys(layers, config.planes)
-    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
-    weights = sum(m * n for m, n in shapes.values())
-    if config.allocation == "second_order":
-        jobs = [(linear_weight(layer), moments[name], config.max_planes) for name, layer in layers.items()]
-        errors = spread(second_order_errors, jobs)
-    else:
-        shares = (shapes[name][0] * shapes[name][1] / weights for name in layers)
-        jobs = [(linear_weight(layer), p, config.max_planes) for layer, p in zip(layers.values(), shares, strict=True)]
-        errors = spread(residual_errors, jobs)
-    return allocate(
-        dict(zip(layers, errors, strict=True)), shapes, config.bits, per_bit=config.allocation == "second_order"
-    )
+def _rewritten(source: ModelConfig, folder: Path) -> WeightFiles:
+    """The model as safetensors files, read whole where it has to be."""
+    if not folder.is_dir():
+        with replaced_folder(folder) as target:
+            load_model(source).save_pretrained(target, max_shard_size="1GB")
+    rewritten = ModelConfig(path=str(folder), trust_remote_code=source.trust_remote_code)
+    return WeightFiles(rewritten, safetensors_of(rewritten), empty_model(rewritten))
 
 
 def planes_of(layer: MultiBooleanLinear) -> PlaneSet:
@@ -112,6 +259,4 @@ def layer_from(found: PlaneSet, bias: torch.Tensor | None) -> MultiBooleanLinear
         setattr(layer, f"plane_{k}", nn.Parameter(plane, requires_grad=False))
     layer.scale_out = nn.Parameter(found.scale_out)
     layer.scale_in = nn.Parameter(found.scale_in)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
     return layer

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from mbdist.convert.calibrated import OutputMetric, choose_signs, levels_in_metric
-from mbdist.convert.calibration import LayerMoments
 from mbdist.convert.joint import joint, ordered_by_scale
+from mbdist.convert.moments import LayerMoments
 from mbdist.convert.planes import PlaneSet
 from mbdist.convert.svid import svid
 from mbdist.convert.weighted_matrix import row_chunks
@@ -35,39 +35,60 @@ in_turn: Spread = itertools.starmap  # one job after the other in this process
 class Matrix:
     """One weight to be converted."""
 
-    weight: torch.Tensor  # (m, n) float
+    read: Callable[[], torch.Tensor]  # the weight (m, n) float
     num_planes: int
-    moments: LayerMoments | None  # where the initialisation is calibrated
+    moments: LayerMoments | None = None  # where the initialisation is calibrated; its gram is given up to it
 
 
-# (matrices of one block, spread) -> planes and scales of each
-Initialization = Callable[[Sequence[Matrix], Spread], list[PlaneSet]]
+# (matrices, spread) -> planes and scales of each, in order; calibrated ones are those of one block
+Initialization = Callable[[Sequence[Matrix], Spread], Iterator[PlaneSet]]
 
 
 def _from_weights(initialize: Callable[[torch.Tensor, int], PlaneSet]) -> Initialization:
-    """One that needs no data: a job a matrix."""
-    return lambda matrices, spread: list(spread(initialize, [(each.weight, each.num_planes) for each in matrices]))
+    """One that needs no data: a job a matrix, begun when it is asked for or, on workers, when one is free."""
+    return lambda matrices, spread: iter(spread(initialize, ((each.read(), each.num_planes) for each in matrices)))
 
 
-def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> list[PlaneSet]:
-    whole = [
-        (each.weight, each.num_planes, each.moments.input_squares, each.moments.output_squares) for each in matrices
-    ]
-    levels = list(spread(levels_in_metric, whole))
+def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> Iterator[PlaneSet]:
+    whole = (
+        (each.read(), each.num_planes, each.moments.input_squares, each.moments.output_squares) for each in matrices
+    )
+    found = list(spread(levels_in_metric, whole))
     # Layers with the same inputs share one X^T X, and so one metric.
-    grams = {id(each.moments.gram): each.moments.gram for each in matrices}
-    metrics = dict(zip(grams, spread(OutputMetric.of, [(gram,) for gram in grams.values()]), strict=True))
-    jobs, places = [], []
-    for matrix, found in zip(matrices, levels, strict=True):
-        metric = metrics[id(matrix.moments.gram)]
-        for rows in row_chunks(tuple(matrix.weight.shape)):
-            jobs.append((matrix.weight[rows], found.scale_out[:, rows].contiguous(), found.scale_in, metric))
-            places.append((found, rows))
-    for (found, rows), (planes, scale_out) in zip(places, spread(choose_signs, jobs), strict=True):
-        for plane, part in zip(found.planes, planes, strict=True):
-            plane[rows] = part
-        found.scale_out[:, rows] = scale_out
-    return [ordered_by_scale(found) for found in levels]
+    sharing: dict[int, list[int]] = {}
+    for number, each in enumerate(matrices):
+        sharing.setdefault(id(each.moments.gram), []).append(number)
+    metrics = spread(OutputMetric.of, (_taken_gram(matrices, numbers) for numbers in sharing.values()))
+    for numbers in sharing.values():
+        metric = next(metrics)  # not by zip, which would keep the one before meanwhile
+        jobs = _by_rows([(matrices[number], found[number]) for number in numbers], metric)
+        places = [(found[number], rows) for number in numbers for rows in row_chunks(_shape(found[number]))]
+        for (planes, rows), (signs, scale_out) in zip(places, spread(choose_signs, jobs), strict=True):
+            for plane, part in zip(planes.planes, signs, strict=True):
+                plane[rows] = part
+            planes.scale_out[:, rows] = scale_out
+        del metric
+    return map(ordered_by_scale, found)
+
+
+def _taken_gram(matrices: Sequence[Matrix], numbers: list[int]) -> tuple[torch.Tensor]:
+    gram = matrices[numbers[0]].moments.gram
+    for number in numbers:
+        matrices[number].moments.gram = None
+    return (gram,)
+
+
+def _by_rows(matrices: list[tuple[Matrix, PlaneSet]], metric: OutputMetric) -> Iterator[tuple]:
+    """The jobs of ``choose_signs``; one weight is in memory at a time."""
+    for matrix, levels in matrices:
+        weight = matrix.read()
+        scale_out, scale_in = levels.scale_out.clone(), levels.scale_in  # results are written to the former meanwhile
+        for rows in row_chunks(tuple(weight.shape)):
+            yield weight[rows], scale_out[:, rows].contiguous(), scale_in, metric
+
+
+def _shape(planes: PlaneSet) -> tuple[int, int]:
+    return planes.scale_out.shape[1], planes.scale_in.shape[1]
 
 
 INITIALIZATIONS: dict[str, Initialization] = {

@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -64,21 +65,29 @@ def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def empty_model(source: ModelConfig) -> PreTrainedModel:
-    """A multi-Boolean model whose parameters are on the meta device (fp32 and int32) and take no memory, in eval mode;
-    what ``load_model`` gives, but for the weights."""
+    """A causal LM without its weights, in eval mode: parameters (fp32, planes int32) on the meta device, where they
+    take no memory, buffers as they are.
+
+    Raises UserError where the architecture is no causal LM of transformers'.
+    """
+    config = load_model_config(source)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{source.path} holds a {config.model_type} model, which is not a causal language model")
     with clear_errors(source):
-        config = load_model_config(source)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
         model.tie_weights()
-        quantizer = MultiBooleanQuantizer(MultiBooleanConfig(**config.quantization_config), pre_quantized=True)
-        quantizer.preprocess_model(model)
-        quantizer.postprocess_model(model)
-        model.hf_quantizer = quantizer
-        if model.can_generate():
-            with contextlib.suppress(OSError):  # the model's own follows from config.json
+        quantization = getattr(config, "quantization_config", None) or {}
+        if quantization.get("quant_method") == QUANT_METHOD:
+            quantizer = MultiBooleanQuantizer(MultiBooleanConfig(**quantization), pre_quantized=True)
+            quantizer.preprocess_model(model)
+            quantizer.postprocess_model(model)
+            model.hf_quantizer = quantizer
+        if model.can_generate() and not source.gguf_file:
+            with contextlib.suppress(OSError):  # many models come without one: it follows from config.json
                 model.generation_config = GenerationConfig.from_pretrained(
                     resolve_path(source.path), revision=source.revision or "main"
                 )

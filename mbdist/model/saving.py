@@ -28,28 +28,41 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """
     beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
+        with clear_disk_errors(target):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            put_in_place(beside, target)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        retired = target.with_name(f".{target.name}.old-{os.getpid()}")
-        if target.exists():
-            target.rename(retired)
-        try:
-            beside.rename(target)
-        except BaseException:
-            if retired.exists():
-                retired.rename(target)
-            raise
-        _fsync(target.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def clear_disk_errors(target: Path) -> Iterator[None]:
+    """Turns what writing ``target`` may end in, a full disk say, into one message."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a class of its own
         kept = "; the previous save is unharmed" if target.exists() else ""
         raise UserError(f"cannot save to {target}: {getattr(error, 'strerror', None) or error}{kept}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(beside: Path, target: Path) -> None:
+    """Sync a folder and rename it to ``target``, whose place it takes."""
+    for file in beside.rglob("*"):
+        if file.is_file():
+            fsync(file)
+    retired = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(retired)
+    try:
+        beside.rename(target)
+    except BaseException:
+        if retired.exists():
+            retired.rename(target)
+        raise
+    fsync(target.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -92,7 +105,8 @@ def save_gathered_model(
             tokenizer.save_pretrained(target)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the entries of a folder, written to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

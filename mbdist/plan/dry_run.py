@@ -33,8 +33,8 @@ class _AgreeingCommunicator(Communicator):
 
 
 def dry_run(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
-    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``, and ``sent`` for one
-    micro-batch by phase (DeepSpeed's by operation); ``seconds`` that the dry run took."""
+    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``, and ``sent`` for
+    one micro-batch by phase (DeepSpeed's by operation); ``seconds`` that the dry run took."""
     return in_own_process(_dry_run, planned.config.at_size(workers), str(dtype).removeprefix("torch."))
 
 
@@ -68,7 +68,7 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
     readout = Readout(student)
     readout.cut = True  # the head's memory is that of a chunk; a probe would compare addresses
     if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     boolean = BooleanOptimizer(
         dict(boolean_layers(student)),
         config.boolean,

@@ -171,7 +171,7 @@ def _activation_bytes(
     """(kept by a forward pass of the body for backward, the most that backward needs besides)."""
     student.train()
     if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     before_last: list[torch.Tensor] = []
     last_block = student.get_submodule(block_names(student, boolean.layers)[-1])
     ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)

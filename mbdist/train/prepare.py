@@ -16,22 +16,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mbdist.config.schema import ModelConfig, RunConfig
-from mbdist.convert import convert_model
+from mbdist.convert import Conversion, bits_per_weight
 from mbdist.data import Corpus, load_corpus
 from mbdist.data.calibration import calibration_batches
 from mbdist.data.windows import load_windows
 from mbdist.errors import UserError
 from mbdist.model.hashing import fingerprint_files
-from mbdist.model.layers import bits_per_weight
 from mbdist.model.loading import (
     check_window,
     is_multi_boolean,
-    load_model,
     load_model_config,
     load_tokenizer,
     resolve_path,
 )
-from mbdist.model.saving import save_model
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 from mbdist.train.environment import compute_dtype
 from mbdist.train.metrics import MetricsWriter
@@ -77,14 +74,19 @@ def prepare(
     marker.unlink(missing_ok=True)
     check_window(config.data.window, load_model_config(config.model), "data.window")
     tokenizer = load_tokenizer(config.model)
+    conversion = None
+    if student_source(config) is not config.model:
+        dtype = compute_dtype(config.train.precision, torch.device("cpu"))
+        folder = Path(config.run_dir) / "converted"
+        conversion = Conversion(config.model, folder, config.convert, dtype, optimizer=optimizer, replace=True)
     metrics.write("tokenizing")
     corpus = load_corpus(config.data, tokenizer)
     _check_length(config, len(corpus.train))
     if config.loss.teacher == "cached":
         CachedTeacher(config, corpus.train, teacher, torch.device("cpu"))  # raises what is wrong with it
     metrics.write("tokenized", train_windows=len(corpus.train), eval_windows=len(corpus.eval))
-    if student_source(config) is not config.model:
-        _convert(config, tokenizer, corpus, metrics, optimizer, between)
+    if conversion is not None:
+        _convert(conversion, config, tokenizer, corpus, metrics, between)
     marker.write_text(json.dumps({"key": key, "train_windows": len(corpus.train)}))
 
 
@@ -105,32 +107,30 @@ def wait_until_prepared(config: RunConfig, between: Callable[[], None]) -> None:
 
 
 def _convert(
+    conversion: Conversion,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
     metrics: MetricsWriter,
-    optimizer: OptimizerOfBits,
     between: Callable[[], None],
 ) -> None:
-    metrics.write("loading", model=config.model.path)
-    model = load_model(config.model)
+    if conversion.loads_whole:
+        metrics.write("loading", model=config.model.path)
     metrics.write("converting", planes=config.convert.planes, bits=config.convert.bits, init=config.convert.init)
     calibration = []
     if config.convert.needs_calibration:
         source = config.convert.calibration
         windows = corpus.train if source is None else load_windows(source, config.data, tokenizer)
         calibration = calibration_batches(windows, config.convert.calibration_tokens)
-    dtype = compute_dtype(config.train.precision, torch.device("cpu"))
     reports = []
-    for report in convert_model(model, config.convert, calibration, dtype, optimizer=optimizer):
+    for report in conversion.run(calibration, tokenizer):
         reports.append(report)
         between()
-    save_model(model, tokenizer, Path(config.run_dir) / "converted")
     metrics.write(
         "converted",
         layers=len(reports),
         planes={report.name: report.planes for report in reports},
-        bits_per_weight=bits_per_weight(model),
+        bits_per_weight=bits_per_weight(reports),
         mean_relative_error=sum(report.relative_error for report in reports) / len(reports),
         relative_error={report.name: round(report.relative_error, 5) for report in reports},
         output_error={report.name: report.output_error for report in reports if report.output_error is not None},

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mbdist.config.schema import ModelConfig
-from mbdist.convert.calibration import LayerMoments
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
+from mbdist.convert.moments import LayerMoments
 from mbdist.convert.weighted_matrix import row_chunks
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import load_model
@@ -20,15 +20,19 @@ def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init):
     torch.manual_seed(0)
     n = 1500  # two chunks of rows in the first matrix
     inputs = torch.randn(2000, n) * torch.rand(n).exp()
-    gram = inputs.T @ inputs  # shared by two layers
-    matrices = [
-        Matrix(torch.randn(m, n), planes, LayerMoments(gram.diagonal(), torch.rand(m) + 0.1, gram))
-        for m, planes in ((900, 2), (96, 3))
-    ]
+    weights, output_squares = ((torch.randn(900, n), 2), (torch.randn(96, n), 3)), (torch.rand(900), torch.rand(96))
     assert len(row_chunks((900, n))) == 2
-    alone = INITIALIZATIONS[init](matrices, in_turn)
+
+    def matrices():
+        gram = inputs.T @ inputs  # shared by two layers; given up to each initialisation
+        return [
+            Matrix(lambda weight=weight: weight, planes, LayerMoments(gram.diagonal().clone(), squares + 0.1, gram))
+            for (weight, planes), squares in zip(weights, output_squares, strict=True)
+        ]
+
+    alone = list(INITIALIZATIONS[init](matrices(), in_turn))
     with spread_over(2) as spread:
-        shared = INITIALIZATIONS[init](matrices, spread)
+        shared = list(INITIALIZATIONS[init](matrices(), spread))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.planes, other.planes, strict=True))
         assert torch.equal(one.scale_out, other.scale_out) and torch.equal(one.scale_in, other.scale_in)
