@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, bits_of_float, float_of_bits, product
+from mbdist_kernels.bits import as_bits, bits_of_float, float_of_bits, ones_with_signs, product
 from mbdist_kernels.launch import settings
 from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_signs
@@ -156,7 +156,7 @@ def _decode_kernel(
             value = tl.load(inputs + (k * 16 + token)[None, :] * padded + start * 32 + place[:, None])  # (columns, 16)
             j = tl.arange(0, 16)
             pair = packed.reshape(BLOCK_ROWS, BLOCKS_AT_A_TIME, 1, 4) << (15 - j)[None, None, :, None]
-            pair = (pair & -2147450880) | 0x3F803F80  # two bf16 +-1: 0x80008000 are their signs
+            pair = ones_with_signs(pair)
             low, high = (pair & 0xFFFF).to(tl.int16), (pair >> 16).to(tl.int16)
             signs = tl.join(low, high).reshape(BLOCK_ROWS, 32 * WORDS)
             sums = product(signs, value, sums)

@@ -53,11 +53,11 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     with registration.kernels_on_cpu():
         table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
-    launch.table.cache_clear()
+    launch.measured.cache_clear()
     try:
         assert launch.settings("dequantize", 1) == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]
         assert launch.settings("vote")["BLOCK"] in (1024, 2048)
         assert launch.settings("dense_from", 1)["tokens"] in (17, 32, 64)
     finally:
         monkeypatch.undo()
-        launch.table.cache_clear()
+        launch.measured.cache_clear()
