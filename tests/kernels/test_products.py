@@ -1,5 +1,7 @@
 """The products of a multi-Boolean layer, on every implementation, against float64 on the same rounded inputs."""
 
+import importlib
+
 import pytest
 import torch
 from test_linear_math import dense64, random_planes
@@ -53,7 +55,8 @@ def test_decode(implementation, shape, num_planes, num_tokens):
 
 
 @pytest.mark.parametrize("split", [1, 4])
-def test_decode_over_several_blocks_of_rows_and_turns_of_the_loop(split):
+def test_decode_over_several_blocks_of_rows_and_turns_of_the_loop(split, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mbdist_kernels.linear_decode"), "_MEASURED_ROWS", 130)  # none for more
     planes, scale_out, scale_in = random_planes(130, 2100, 2)
     x = torch.randn(3, 2100).bfloat16()
     chosen = {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 4, "SPLIT": split, "num_warps": 4, "num_stages": 3}
