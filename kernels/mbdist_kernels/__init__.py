@@ -4,16 +4,21 @@ An operation a file: its kernel, its version for the CPU, and the plain torch ve
 conversion alone uses, ``nearest_levels`` and ``error_feedback``, has no kernel.)
 """
 
+from mbdist_kernels.accumulator import (
+    ACCUMULATOR_FORMATS,
+    AccumulatorFormat,
+    accumulated_at,
+    accumulated_values,
+    set_accumulated,
+)
 from mbdist_kernels.dequantize import dequantize
 from mbdist_kernels.error_feedback import feed_errors_forward
-from mbdist_kernels.flip_codec import flip_apply_sparse, flip_encode_sparse
+from mbdist_kernels.flip_codec import flip_apply_sparse, flip_counts, flip_encode_sparse
 from mbdist_kernels.flip_update import (
-    ACCUMULATOR_FORMATS,
     FIXED_ONE,
     LOTTERY_TICKETS,
     THRESHOLD,
     TOP_RANK,
-    AccumulatorFormat,
     accumulate_signal,
     draw_tickets,
     find_candidates,
@@ -31,7 +36,7 @@ from mbdist_kernels.linear_decode import linear_decode
 from mbdist_kernels.linear_forward import linear_forward
 from mbdist_kernels.nearest_levels import nearest_levels, signs_of_codes
 from mbdist_kernels.pack import pack_signs
-from mbdist_kernels.popcount import popcount
+from mbdist_kernels.popcount import popcount, popcount_by_block
 from mbdist_kernels.random import fold_key, random_bits
 from mbdist_kernels.row_codes import decode_rows, encode_rows
 from mbdist_kernels.signal_codec import signal_accumulate, signal_decode, signal_encode, signal_encode_unbiased
@@ -49,6 +54,8 @@ __all__ = [
     "AccumulatorFormat",
     "Signal",
     "accumulate_signal",
+    "accumulated_at",
+    "accumulated_values",
     "bits_at",
     "column_square_sums",
     "decode_rows",
@@ -58,6 +65,7 @@ __all__ = [
     "feed_errors_forward",
     "find_candidates",
     "flip_apply_sparse",
+    "flip_counts",
     "flip_encode_sparse",
     "flip_mask",
     "fold_key",
@@ -68,8 +76,10 @@ __all__ = [
     "nearest_levels",
     "pack_signs",
     "popcount",
+    "popcount_by_block",
     "random_bits",
     "scale_gradients_and_signals",
+    "set_accumulated",
     "signal_accumulate",
     "signal_decode",
     "signal_encode",

@@ -45,6 +45,17 @@ def product(signs, inputs, sums):
 
 
 @triton.jit
+def ones_with_signs(pairs):
+    """Two bf16 +-1 in each int32, whose signs are its bits 15 and 31."""
+    if INTERPRETED:
+        return (pairs & -2147450880) | 0x3F803F80
+    else:  # the same in one instruction; of the line above the assembler makes two, a constant loaded for each
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x80008000, 0x3F803F80, 0xEA;", "=r,r", [pairs], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def signed(values, words, shift):
     """B * ``values`` (fp32), B the signs at bit ``shift`` of ``words`` (int32); shapes broadcast."""
     flipped = values.to(tl.int32, bitcast=True) ^ ((words << (31 - shift)) & -2147483648)

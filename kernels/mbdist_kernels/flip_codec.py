@@ -16,20 +16,28 @@ import triton.language as tl
 from mbdist_kernels.flip_update import elements_of_mask
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
+from mbdist_kernels.popcount import popcount_by_block
 from mbdist_kernels.registration import operation
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_WORDS = 2048
+BLOCK_ELEMENTS = BLOCK_WORDS * WORD_BITS
+
+
+def flip_counts(
+    mask: torch.Tensor,  # (W,) int32
+) -> torch.Tensor:
+    """Flips in each block: int32 (ceil(W / 2048),). A pass over the mask, from which the size of either form is known
+    before one is made."""
+    return popcount_by_block(mask, BLOCK_WORDS)
 
 
 def flip_encode_sparse(
     mask: torch.Tensor,  # (W,) int32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions uint16 (C,), counts int32 (ceil(W / 2048),)) of all set bits. On a GPU it waits for their number."""
-    elements = elements_of_mask(mask).long()
-    num_blocks = -(-mask.numel() * WORD_BITS // BLOCK_ELEMENTS)
-    counts = torch.bincount(elements // BLOCK_ELEMENTS, minlength=num_blocks)
-    # By way of int16: the low 16 bits as they are.
-    return (elements % BLOCK_ELEMENTS).to(torch.int32).to(torch.int16).view(torch.uint16), counts.int()
+) -> torch.Tensor:
+    """Positions of all set bits in their blocks, as many a block as ``flip_counts`` says: uint16 (C,). On a GPU it
+    waits for their number."""
+    positions = elements_of_mask(mask) % BLOCK_ELEMENTS
+    return positions.to(torch.int16).view(torch.uint16)  # by way of int16: the low 16 bits as they are
 
 
 def flip_apply_sparse(

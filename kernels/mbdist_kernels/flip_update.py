@@ -1,14 +1,12 @@
 """The Boolean optimizer's arithmetic on packed bits: integer, in a fixed order, the same for any sharding.
 
-State of a matrix: one accumulator a weight, fixed-point, in an int8. In the format INT8 its unit is 1/64 of the flip
-threshold: 64 is the threshold, and the octave from 64 to 127 only ranks bits that wait because the step's cap was
-reached. INT4 has the unit 1/4 and the range -7 .. 7. A contribution g (one micro-batch of one rank) moves it by
+State of a matrix: one accumulator a weight, stored as ``accumulator.py`` says. A contribution g (one micro-batch of one
+rank) moves it by
 
     v = clamp((m * beta_q15 + clamp(rint(signal * unit * 2^15), -limit, limit) + r) >> 15, -bound, bound)
 
 with r uniform in [0, 2^15): stochastic rounding, so small steps are not lost. A bit flips where ``v * B`` reaches the
-threshold (method: "M * B >= 1", BOLD, arXiv 2405.16339, algorithm 8). A fp32 accumulator in units of the threshold is
-accepted everywhere too, as the reference that says what fixed point costs.
+threshold (method: "M * B >= 1", BOLD, arXiv 2405.16339, algorithm 8). A fp32 accumulator is not rounded.
 
 Elements are counted in the packed layout, padding included: element e is bit e % 32 of word e // 32.
 Worked example: m = 10, beta = 1, signal = +0.25 gives (10 * 32768 + 0.25 * 64 * 32768 + r) >> 15 = 26 for every r.
@@ -17,13 +15,20 @@ Worked example: m = 10, beta = 1, signal = +0.25 gives (10 * 32768 + 0.25 * 64 *
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from mbdist_kernels import native
+from mbdist_kernels.accumulator import (
+    INT8,
+    AccumulatorFormat,
+    accumulated_at,
+    accumulated_values,
+    in_pairs,
+    weights_per_entry,
+)
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
 from mbdist_kernels.pack import pack_signs
@@ -37,28 +42,13 @@ TOP_RANK = 127  # .. to here, in every format
 LOTTERY_TICKETS = 64  # buckets of the draw among candidates of equal rank
 
 
-@dataclass(frozen=True)
-class AccumulatorFormat:
-    """How an accumulator is stored: ``threshold`` units are one threshold, values lie within +-``bound``."""
-
-    dtype: torch.dtype
-    threshold: int
-    bound: int
-
-
-INT8 = AccumulatorFormat(torch.int8, 64, 127)
-INT4 = AccumulatorFormat(torch.int8, 4, 7)
-FP32 = AccumulatorFormat(torch.float32, 1, 2)
-ACCUMULATOR_FORMATS = {"int8": INT8, "int4": INT4, "fp32": FP32}
-
-
 def accumulate_signal(
-    accumulator: torch.Tensor,  # (E,) of the format's dtype, E a multiple of 32; changed in place
+    accumulator: torch.Tensor,  # of E weights in this format, E a multiple of 32; changed in place
     signals: torch.Tensor,  # (C, E) fp32: C contributions in the order in which they count; units of the threshold
     beta_q15: int,  # decay, applied once, before the first contribution
     limit: float,  # most that one contribution may add, units of the threshold; below 2
     keys: list[int],  # C keys, one a contribution
-    first_element: int,  # global index of accumulator[0]; a multiple of 32
+    first_element: int,  # global index of the first weight; a multiple of 32
     form: AccumulatorFormat = INT8,
 ) -> None:
     """Add contributions with stochastic rounding. A signal that is not a number counts as 0."""
@@ -84,14 +74,15 @@ def accumulate_reference(accumulator, signals, beta_q15, limit_q, keys, first_el
     for signal, key in zip(signals, keys, strict=True):
         wanted = (signal * float(unit)).nan_to_num(0.0).clamp(-limit_q, limit_q).round().int()
         elements = torch.arange(first_element, first_element + signal.numel(), device=signal.device)
-        moved = (accumulator.int() * beta_q15 + wanted + random_bits(key, elements)) >> 15
-        accumulator.copy_(moved.clamp(-bound, bound))
+        moved = (accumulated_values(accumulator).int() * beta_q15 + wanted + random_bits(key, elements)) >> 15
+        moved = moved.clamp(-bound, bound)
+        accumulator.copy_(moved if weights_per_entry(accumulator.dtype) == 1 else in_pairs(moved))
         beta_q15 = FIXED_ONE
 
 
 def accumulate_triton(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
     """On a GPU; arguments as in ``accumulate_reference``."""
-    elements = accumulator.numel()
+    elements = signals.shape[1]
     chosen = settings("flip_update")
     if not elements:
         return
@@ -104,6 +95,7 @@ def accumulate_triton(accumulator, signals, beta_q15, limit_q, keys, first_eleme
         beta_q15,
         limit_q,
         bound,
+        PAIRS=weights_per_entry(accumulator.dtype) == 2,
         UNIT=float(unit),
         CONTRIBUTIONS=len(signals),
         enable_fp_fusion=False,
@@ -120,7 +112,7 @@ def _keys_on_device(keys: tuple[int, ...], device: torch.device) -> torch.Tensor
 # What changes from step to step must not select another binary: a rank would stop to compile it.
 @triton.jit(do_not_specialize=["first_pair", "beta_q15", "limit_q", "bound"])
 def _accumulate_kernel(
-    accumulator,  # (E,) int8
+    accumulator,  # (E,) int8, or (E / 2,) uint8
     signals,  # (C, E) fp32
     keys,  # (C,) int32
     num_elements,
@@ -128,6 +120,7 @@ def _accumulate_kernel(
     beta_q15,
     limit_q,
     bound,
+    PAIRS: tl.constexpr,
     UNIT: tl.constexpr,
     CONTRIBUTIONS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -135,8 +128,13 @@ def _accumulate_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     inside = at < num_elements
-    pair = first_pair + start // 2 + tl.arange(0, BLOCK // 2)
-    state = tl.load(accumulator + at, mask=inside, other=0).to(tl.int32)
+    pair_at = start // 2 + tl.arange(0, BLOCK // 2)
+    pair = first_pair + pair_at
+    if PAIRS:
+        both = tl.load(accumulator + pair_at, mask=2 * pair_at < num_elements, other=0).to(tl.int32)
+        state = tl.join((both << 28) >> 28, (both << 24) >> 28).reshape(BLOCK)
+    else:
+        state = tl.load(accumulator + at, mask=inside, other=0).to(tl.int32)
     limit = limit_q.to(tl.float32)
     beta = beta_q15
     for c in tl.static_range(CONTRIBUTIONS):
@@ -150,7 +148,11 @@ def _accumulate_kernel(
         state = (state * beta + whole + random) >> 15
         state = tl.minimum(tl.maximum(state, -bound), bound)
         beta = 32768
-    tl.store(accumulator + at, state.to(tl.int8), mask=inside)
+    if PAIRS:
+        lower, upper = state.reshape(BLOCK // 2, 2).split()
+        tl.store(accumulator + pair_at, ((lower & 15) | (upper << 4)).to(tl.uint8), mask=2 * pair_at < num_elements)
+    else:
+        tl.store(accumulator + at, state.to(tl.int8), mask=inside)
 
 
 _accumulate = operation(
@@ -163,17 +165,17 @@ _accumulate = operation(
 
 
 def find_candidates(
-    accumulator: torch.Tensor,  # (E,) of the format's dtype
+    accumulator: torch.Tensor,  # of E weights in this format
     words: torch.Tensor | None,  # (E / 32,) int32: the plane's bits of the same elements
     form: AccumulatorFormat = INT8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(elements int32 (C,), in order; their accumulators in units of 1/64: int8 (C,)) of all elements where v * B
     reaches the threshold, or |v| where no words are given."""
-    if native.serves(accumulator) and accumulator.dtype == torch.int8:
+    if native.serves(accumulator) and not accumulator.dtype.is_floating_point:
         found, values = native.find_candidates(accumulator, words, form.threshold)
     else:
         found = elements_of_mask(candidate_mask(accumulator, words, form))
-        values = accumulator[found]
+        values = accumulated_at(accumulator, found)
     in_units = values * (THRESHOLD / form.threshold)
     return found, in_units.clamp(-TOP_RANK, TOP_RANK).to(torch.int8)
 
@@ -187,14 +189,14 @@ def candidate_mask(
 
 def candidate_mask_reference(accumulator: torch.Tensor, words: torch.Tensor | None, threshold: int) -> torch.Tensor:
     """In plain torch."""
-    rank = accumulator.float()  # int8 would wrap in a comparison with 128
+    rank = accumulated_values(accumulator).float()  # int8 would wrap in a comparison with 128
     rank = rank.abs() if words is None else torch.where(unpack_bits(words.reshape(1, -1))[0], -rank, rank)
     return pack_signs(torch.where(rank >= threshold, -1.0, 1.0)[None])[0]
 
 
 def candidate_mask_triton(accumulator: torch.Tensor, words: torch.Tensor | None, threshold: int) -> torch.Tensor:
     """On a GPU: one pass over accumulators and words."""
-    num_words = accumulator.numel() // WORD_BITS
+    num_words = accumulator.numel() * weights_per_entry(accumulator.dtype) // WORD_BITS
     mask = torch.empty(num_words, dtype=torch.int32, device=accumulator.device)
     chosen = settings("candidate_mask")
     if num_words:
@@ -204,6 +206,7 @@ def candidate_mask_triton(accumulator: torch.Tensor, words: torch.Tensor | None,
             mask,
             num_words,
             threshold,
+            PAIRS=weights_per_entry(accumulator.dtype) == 2,
             BY_SIZE=words is None,
             **chosen,
         )
@@ -211,12 +214,27 @@ def candidate_mask_triton(accumulator: torch.Tensor, words: torch.Tensor | None,
 
 
 @triton.jit
-def _candidate_kernel(accumulator, words, mask, num_words, threshold, BY_SIZE: tl.constexpr, BLOCK_WORDS: tl.constexpr):
+def _candidate_kernel(
+    accumulator,  # (E,) int8 or fp32, or (E / 2,) uint8
+    words,  # (E / 32,)
+    mask,  # (E / 32,)
+    num_words,
+    threshold,
+    PAIRS: tl.constexpr,
+    BY_SIZE: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
     word = tl.program_id(0).to(tl.int64) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     inside = word < num_words
     shift = tl.arange(0, 32)
-    at = word[:, None] * 32 + shift[None, :]
-    rank = tl.load(accumulator + at, mask=inside[:, None], other=0).to(tl.float32)
+    if PAIRS:
+        at = word[:, None] * 16 + tl.arange(0, 16)[None, :]
+        both = tl.load(accumulator + at, mask=inside[:, None], other=0).to(tl.int32)
+        values = tl.join((both << 28) >> 28, (both << 24) >> 28).reshape(BLOCK_WORDS, 32)
+    else:
+        at = word[:, None] * 32 + shift[None, :]
+        values = tl.load(accumulator + at, mask=inside[:, None], other=0)
+    rank = values.to(tl.float32)
     if BY_SIZE:
         rank = tl.abs(rank)
     else:
@@ -230,7 +248,9 @@ _candidate_mask = operation(
     "candidate_mask(Tensor accumulator, Tensor? words, int threshold) -> Tensor",
     cpu=candidate_mask_reference,
     cuda=candidate_mask_triton,
-    fake=lambda accumulator, words, threshold: accumulator.new_empty(accumulator.numel() // 32, dtype=torch.int32),
+    fake=lambda accumulator, words, threshold: accumulator.new_empty(
+        accumulator.numel() * weights_per_entry(accumulator.dtype) // WORD_BITS, dtype=torch.int32
+    ),
 )
 
 

@@ -1,7 +1,8 @@
 """How kernels are launched: block sizes and warps from a rule, or from the table that was measured on this kind of GPU.
 
 Tables are JSON files in ``tuned/``, one a GPU, written by ``mbdist tune``: ``{operation: {bucket: settings}}``. There
-is no autotuning at run time: ranks that tuned for themselves could add up in different orders.
+is no autotuning at run time, and the ranks of a run share one table (``use_table``): with settings of their own they
+could add up in different orders.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 TUNED = Path(__file__).with_name("tuned")
 _tried: dict[str, dict] = {}
-
+_agreed: dict | None = None
 
 _RULES = {
     "pack": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 32, "num_warps": 4},
@@ -28,18 +29,18 @@ _RULES = {
     "candidate_mask": {"BLOCK_WORDS": 64, "num_warps": 4},
     "flip_apply_sparse": {"BLOCK": 1024, "num_warps": 4},
     "signal_accumulate": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 16, "num_warps": 4},
-    "dequantize": {"BLOCK_ROWS": 8, "BLOCK_WORDS": 16, "num_warps": 4},
-    "linear_backward": {"BLOCK_ROWS": 32, "BLOCK_WORDS": 4, "num_warps": 4},
-    "linear_decode": {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 8, "SPLIT": 1, "num_warps": 4, "num_stages": 3},
+    "dequantize": {"BLOCK_ROWS": 16, "BLOCK_WORDS": 16, "num_warps": 4},
+    "linear_backward": {"BLOCK_ROWS": 64, "BLOCK_WORDS": 4, "num_warps": 4},
+    "linear_decode": {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 4, "SPLIT": 1, "num_warps": 4, "num_stages": 6},
     "linear_in_tiles": {"BLOCK_ROWS": 128, "BLOCK_TOKENS": 128, "BLOCK_WORDS": 2, "num_warps": 8, "num_stages": 3},
     "dense_from": {"tokens": 1536},  # a product that loses 18 % to the library breaks even with it
 }
 
 
 def settings(operation: str, planes: int | None = None) -> dict:
-    """The launch settings of an operation, for a number of planes where it matters: those of the table of the current
-    GPU, else of the rule."""
-    found = _tried.get(operation) or table(device_name()).get(operation, {}).get(bucket(planes))
+    """The launch settings of an operation, for a number of planes where it matters: those of the table in use, else of
+    the rule."""
+    found = _tried.get(operation) or table().get(operation, {}).get(bucket(planes))
     return found or rule(operation, planes)
 
 
@@ -50,8 +51,8 @@ def bucket(planes: int | None) -> str:
 
 def rule(operation: str, planes: int | None = None) -> dict:
     """What serves a GPU that was not measured."""
-    if operation == "linear_decode" and shared_memory_bytes() < 120_000:  # three stages of 14 KB a block of columns
-        return {**_RULES[operation], "BLOCKS_AT_A_TIME": 4}
+    if operation == "linear_decode" and shared_memory_bytes() < 120_000:  # six stages of 20 KB
+        return {**_RULES[operation], "num_stages": 3}
     if operation == "linear_in_tiles" and (planes or 0) > 3:  # 128 x 128 would not fit the registers
         return {**_RULES[operation], "BLOCK_ROWS": 64}
     return _RULES[operation]
@@ -96,8 +97,19 @@ def _properties(device: int) -> tuple[str, int]:
     )
 
 
+def table() -> dict:
+    """The table in use: that of the current GPU, but where all ranks agreed on one."""
+    return measured(device_name()) if _agreed is None else _agreed
+
+
+def use_table(agreed: dict | None) -> None:
+    """From now on launch with the settings of this table; None: with those of the current GPU's own."""
+    global _agreed
+    _agreed = agreed
+
+
 @functools.cache
-def table(device: str) -> dict:
+def measured(device: str) -> dict:
     """What was measured on a kind of device; empty where nothing was."""
     file = TUNED / f"{device}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -190,7 +190,7 @@ def epilogue_triton(
         PLANES=count,
         SIGNALS=len(row_factors),
         AS_WORDS=bool(words),
-        enable_fp_fusion=False,
+        enable_fp_fusion=True,  # in sums alone: signals, and so their signs, are products
         **chosen,
     )
     grad_out.copy_(out_parts.sum(1))

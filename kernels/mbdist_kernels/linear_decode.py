@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 
 from mbdist_kernels import native
-from mbdist_kernels.bits import as_bits, bits_of_float, float_of_bits, product
+from mbdist_kernels.bits import as_bits, bits_of_float, float_of_bits, ones_with_signs, product
 from mbdist_kernels.launch import settings
 from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_signs
 
 MOST_TOKENS = 16
 _BLOCK = 128  # columns that are permuted among themselves
+_MEASURED_ROWS = 8192  # of the matrix that ``mbdist tune`` takes
 
 
 def linear_decode(
@@ -68,6 +69,7 @@ def linear_decode_triton(
     (tokens, n), m, width = x.shape, scale_out.shape[1], planes[0].shape[1]
     count, num_blocks = len(planes), -(-n // _BLOCK)
     chosen = settings("linear_decode", count)
+    chosen = chosen | {"SPLIT": _split(m, num_blocks, chosen)}
     step = chosen["BLOCKS_AT_A_TIME"] * chosen["SPLIT"]
     padded = -(-num_blocks // step) * step * _BLOCK
     inputs = torch.empty(count, MOST_TOKENS, padded, dtype=torch.int16, device=x.device)
@@ -93,6 +95,13 @@ def linear_decode_triton(
         **chosen,
     )
     return (y if parts is y else parts.sum(0)).to(dtype)
+
+
+def _split(num_rows: int, num_blocks: int, chosen: dict) -> int:
+    """Into how many programs a row is cut: with few rows (keys and values of grouped heads) into more, up to the number
+    of programs that the matrix has on which settings are measured."""
+    most = max(1, num_blocks // chosen["BLOCKS_AT_A_TIME"])
+    return max(chosen["SPLIT"], min(most, _MEASURED_ROWS // max(num_rows, 1), 8))
 
 
 @triton.jit
@@ -156,7 +165,7 @@ def _decode_kernel(
             value = tl.load(inputs + (k * 16 + token)[None, :] * padded + start * 32 + place[:, None])  # (columns, 16)
             j = tl.arange(0, 16)
             pair = packed.reshape(BLOCK_ROWS, BLOCKS_AT_A_TIME, 1, 4) << (15 - j)[None, None, :, None]
-            pair = (pair & -2147450880) | 0x3F803F80  # two bf16 +-1: 0x80008000 are their signs
+            pair = ones_with_signs(pair)
             low, high = (pair & 0xFFFF).to(tl.int16), (pair >> 16).to(tl.int16)
             signs = tl.join(low, high).reshape(BLOCK_ROWS, 32 * WORDS)
             sums = product(signs, value, sums)

@@ -346,18 +346,101 @@ inline uint32_t lowbias32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// Accumulator times sign for the 32 elements of a word.
-inline void ranks_of_word(const int8_t* values, uint32_t word, int8_t* ranks) {
-  for (int b = 0; b < kWordBits; ++b) {
-    const int8_t negative = static_cast<int8_t>(-static_cast<int8_t>((word >> b) & 1u));  // 0 or -1
-    ranks[b] = static_cast<int8_t>((values[b] ^ negative) - negative);
+// The accumulators of the 32 weights of a word: a byte each, or two in a byte (see accumulator.py).
+template <bool pairs>
+inline void load_values(const uint8_t* stored, int64_t word, int8_t* values) {
+  if constexpr (pairs) {
+    const uint8_t* from = stored + word * (kWordBits / 2);
+    uint16_t both[kWordBits / 2];  // each half in a byte of its own: what vectorises
+    for (int h = 0; h < kWordBits / 2; ++h) both[h] = static_cast<uint16_t>((from[h] & 0x0F) | (from[h] & 0xF0) << 4);
+    std::memcpy(values, both, kWordBits);
+    for (int b = 0; b < kWordBits; ++b) values[b] = static_cast<int8_t>((values[b] ^ 8) - 8);  // extends the sign
+  } else {
+    std::memcpy(values, stored + word * kWordBits, kWordBits);
   }
 }
 
-inline int8_t highest(const int8_t* ranks) {
-  int8_t top = -128;
-  for (int b = 0; b < kWordBits; ++b) top = std::max(top, ranks[b]);
-  return top;
+template <bool pairs>
+inline void store_values(const int8_t* values, uint8_t* stored, int64_t word) {
+  if constexpr (pairs) {
+    uint8_t* to = stored + word * (kWordBits / 2);
+    uint16_t both[kWordBits / 2];
+    std::memcpy(both, values, kWordBits);
+    for (int h = 0; h < kWordBits / 2; ++h) to[h] = static_cast<uint8_t>((both[h] & 0x0F) | (both[h] >> 4 & 0xF0));
+  } else {
+    std::memcpy(stored + word * kWordBits, values, kWordBits);
+  }
+}
+
+template <bool pairs>
+void accumulate_signal(uint8_t* accumulator, const float* signals, int64_t contributions, int64_t elements,
+                       int32_t beta_q15, int32_t limit_q, const uint32_t* keys, int64_t first_element, float unit,
+                       int32_t bound, int threads) {
+  const float limit = static_cast<float>(limit_q);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t word = 0; word < elements / kWordBits; ++word) {
+    const int64_t start = word * kWordBits;
+    int8_t values[kWordBits];
+    int32_t state[kWordBits];
+    load_values<pairs>(accumulator, word, values);
+    for (int b = 0; b < kWordBits; ++b) state[b] = values[b];
+    int32_t beta = beta_q15;
+    for (int64_t c = 0; c < contributions; ++c) {
+      const float* signal = signals + c * elements + start;
+      const uint32_t pair = static_cast<uint32_t>((first_element + start) / 2);
+      int32_t random[kWordBits];
+      for (int h = 0; h < kWordBits / 2; ++h) {
+        const uint32_t mixed = lowbias32((pair + h) * 0x9E3779B9u + keys[c]);
+        random[2 * h] = static_cast<int32_t>(mixed & 0x7FFFu);
+        random[2 * h + 1] = static_cast<int32_t>(mixed >> 17);
+      }
+      for (int b = 0; b < kWordBits; ++b) {
+        float wanted = signal[b] * unit;
+        wanted = wanted == wanted ? wanted : 0.0f;
+        wanted = std::min(std::max(wanted, -limit), limit);
+        // Round to nearest even by the magic number 1.5 * 2^23: |wanted| < 2^22, and it vectorises everywhere.
+        const int32_t whole = static_cast<int32_t>((wanted + 12582912.0f) - 12582912.0f);
+        const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
+        state[b] = std::min(std::max(moved, -bound), bound);
+      }
+      beta = 1 << 15;
+    }
+    for (int b = 0; b < kWordBits; ++b) values[b] = static_cast<int8_t>(state[b]);
+    store_values<pairs>(values, accumulator, word);
+  }
+}
+
+// How many elements of each block of words stand at the threshold or above; where ``found`` is given, ``places`` holds
+// the number of those before each block instead, and the elements and their values are written.
+template <bool pairs>
+void find_candidates(const uint8_t* accumulator, const int32_t* words, int64_t num_words, int64_t block_words,
+                     int threshold, int64_t* places, int32_t* found, int8_t* found_values, int threads) {
+  const int64_t blocks = (num_words + block_words - 1) / block_words;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    int64_t place = found ? places[block] : 0;
+    if (found && place == places[block + 1]) continue;
+    for (int64_t w = block * block_words; w < std::min(num_words, (block + 1) * block_words); ++w) {
+      int8_t values[kWordBits], ranks[kWordBits], top = -128;
+      load_values<pairs>(accumulator, w, values);
+      for (int b = 0; b < kWordBits; ++b) {  // accumulator times sign, or its size
+        const bool negative = words ? (static_cast<uint32_t>(words[w]) >> b) & 1u : values[b] < 0;
+        const int8_t mask = static_cast<int8_t>(-static_cast<int8_t>(negative));  // 0 or -1
+        ranks[b] = static_cast<int8_t>((values[b] ^ mask) - mask);
+      }
+      for (int b = 0; b < kWordBits; ++b) top = std::max(top, ranks[b]);
+      if (top < threshold) continue;
+      for (int b = 0; b < kWordBits; ++b)
+        if (ranks[b] >= threshold) {
+          if (found) {
+            found[place] = static_cast<int32_t>(w * kWordBits + b);
+            found_values[place] = values[b];
+          }
+          ++place;
+        }
+    }
+    if (!found) places[block] = place;
+  }
 }
 
 }  // namespace
@@ -396,37 +479,11 @@ void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, in
     square_sums(static_cast<const float*>(values), rows, columns, sums, threads);
 }
 
-void mbdist_accumulate_signal(int8_t* accumulator, const float* signals, int64_t contributions, int64_t elements,
-                              int32_t beta_q15, int32_t limit_q, const uint32_t* keys, int64_t first_element,
-                              float unit, int32_t bound, int threads) {
-  const float limit = static_cast<float>(limit_q);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t start = 0; start < elements; start += kWordBits) {
-    int32_t state[kWordBits];
-    for (int b = 0; b < kWordBits; ++b) state[b] = accumulator[start + b];
-    int32_t beta = beta_q15;
-    for (int64_t c = 0; c < contributions; ++c) {
-      const float* signal = signals + c * elements + start;
-      const uint32_t pair = static_cast<uint32_t>((first_element + start) / 2);
-      int32_t random[kWordBits];
-      for (int h = 0; h < kWordBits / 2; ++h) {
-        const uint32_t mixed = lowbias32((pair + h) * 0x9E3779B9u + keys[c]);
-        random[2 * h] = static_cast<int32_t>(mixed & 0x7FFFu);
-        random[2 * h + 1] = static_cast<int32_t>(mixed >> 17);
-      }
-      for (int b = 0; b < kWordBits; ++b) {
-        float wanted = signal[b] * unit;
-        wanted = wanted == wanted ? wanted : 0.0f;
-        wanted = std::min(std::max(wanted, -limit), limit);
-        // Round to nearest even by the magic number 1.5 * 2^23: |wanted| < 2^22, and it vectorises everywhere.
-        const int32_t whole = static_cast<int32_t>((wanted + 12582912.0f) - 12582912.0f);
-        const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
-        state[b] = std::min(std::max(moved, -bound), bound);
-      }
-      beta = 1 << 15;
-    }
-    for (int b = 0; b < kWordBits; ++b) accumulator[start + b] = static_cast<int8_t>(state[b]);
-  }
+void mbdist_accumulate_signal(uint8_t* accumulator, int in_pairs, const float* signals, int64_t contributions,
+                              int64_t elements, int32_t beta_q15, int32_t limit_q, const uint32_t* keys,
+                              int64_t first_element, float unit, int32_t bound, int threads) {
+  (in_pairs ? accumulate_signal<true> : accumulate_signal<false>)(
+      accumulator, signals, contributions, elements, beta_q15, limit_q, keys, first_element, unit, bound, threads);
 }
 
 void mbdist_nearest_levels(const float* weight, int64_t rows, int64_t columns, const float* scale_out,
@@ -442,8 +499,6 @@ void mbdist_feed_errors_forward(float* columns, int64_t rows, int64_t width, con
   });
 }
 
-// Returns how many elements stand at the threshold or above, by accumulator times sign, or by magnitude where ``words``
-// is null; writes their indices and accumulators where ``found`` is given.
 void mbdist_decode_signs(const int32_t* words, const float* magnitudes, const float* columns, int64_t rows,
                          int64_t row_words, float* values, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -463,26 +518,11 @@ void mbdist_decode_signs(const int32_t* words, const float* magnitudes, const fl
   }
 }
 
-int64_t mbdist_find_candidates(const int8_t* accumulator, const int32_t* words, int64_t num_words, int threshold,
-                               int32_t* found, int8_t* values) {
-  int64_t count = 0;
-  for (int64_t w = 0; w < num_words; ++w) {
-    int8_t ranks[kWordBits];
-    if (words)
-      ranks_of_word(accumulator + w * kWordBits, static_cast<uint32_t>(words[w]), ranks);
-    else
-      for (int b = 0; b < kWordBits; ++b) ranks[b] = static_cast<int8_t>(std::abs(accumulator[w * kWordBits + b]));
-    if (highest(ranks) < threshold) continue;
-    for (int b = 0; b < kWordBits; ++b)
-      if (ranks[b] >= threshold) {
-        if (found) {
-          found[count] = static_cast<int32_t>(w * kWordBits + b);
-          values[count] = accumulator[w * kWordBits + b];
-        }
-        ++count;
-      }
-  }
-  return count;
+void mbdist_find_candidates(const uint8_t* accumulator, int in_pairs, const int32_t* words, int64_t num_words,
+                            int64_t block_words, int threshold, int64_t* places, int32_t* found, int8_t* values,
+                            int threads) {
+  (in_pairs ? find_candidates<true> : find_candidates<false>)(accumulator, words, num_words, block_words, threshold,
+                                                              places, found, values, threads);
 }
 
 }  // extern "C"

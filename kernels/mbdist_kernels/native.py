@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mbdist_kernels.accumulator import weights_per_entry
+
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = [
@@ -32,6 +34,8 @@ _FLAGS = [
     "-fno-math-errno",
 ]
 _MAX_PLANES = 8
+_BLOCK_WORDS = 64  # counted together in the search for candidates: most blocks hold none
+_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
 class _Planes(ctypes.Structure):
@@ -113,11 +117,11 @@ def _build(name: str, home: Path) -> None:
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """True where the accelerator is at hand and takes these tensors: on the CPU, rows contiguous, fp32, bf16, int8."""
+    """True where the accelerator is at hand and takes these tensors: on the CPU, rows contiguous, of these dtypes."""
     for tensor in tensors:
         if isinstance(tensor, FakeTensor):  # has sizes, no memory: a plan counts it
             return False
-        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
             return False
         if tensor.stride(-1) != 1 or (tensor.dtype == torch.bfloat16 and not tensor.is_contiguous()):
             return False
@@ -216,6 +220,7 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     signals = signals.contiguous()
     accelerator().mbdist_accumulate_signal(
         _pointer(accumulator),
+        ctypes.c_int(accumulator.dtype == torch.uint8),
         _pointer(signals),
         *map(ctypes.c_int64, signals.shape),
         ctypes.c_int32(beta_q15),
@@ -241,17 +246,27 @@ def decode_signs(words, magnitudes, columns) -> torch.Tensor:
 
 
 def find_candidates(accumulator, words, threshold) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = (
-        _pointer(accumulator),
-        _pointer(words),
-        ctypes.c_int64(accumulator.numel() // 32),
-        ctypes.c_int(threshold),
-    )
-    search = accelerator().mbdist_find_candidates
-    search.restype = ctypes.c_int64
-    count = search(*arguments, None, None)
+    num_words = accumulator.numel() * weights_per_entry(accumulator.dtype) // 32
+    places = torch.zeros(-(-num_words // _BLOCK_WORDS) + 1, dtype=torch.int64)  # counts, then where each block starts
+
+    def search(found: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        accelerator().mbdist_find_candidates(
+            _pointer(accumulator),
+            ctypes.c_int(accumulator.dtype == torch.uint8),
+            _pointer(words),
+            ctypes.c_int64(num_words),
+            ctypes.c_int64(_BLOCK_WORDS),
+            ctypes.c_int(threshold),
+            *map(_pointer, (places, found, values)),
+            torch.get_num_threads(),
+        )
+
+    search(None, None)
+    places = places.cumsum(0).roll(1)
+    count, places[0] = int(places[0]), 0
     found, values = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.int8)
-    search(*arguments, _pointer(found), _pointer(values))
+    if count:
+        search(found, values)
     return found, values
 
 

@@ -1,4 +1,7 @@
-"""How many bits are set. Worked example: the words 70 (0b01000110) and -1 have 3 + 32 = 35."""
+"""How many bits are set, in all words or block by block.
+
+Worked example: the words 70 (0b01000110), -1 and 1 have 3 + 32 + 1 = 36; in blocks of 2 words, (35, 1).
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,40 @@ from mbdist_kernels.unpack import unpack_bits_reference
 
 def popcount(words: torch.Tensor) -> int:
     """Number of bits set in all words (int32, any shape). On a GPU it waits for the result."""
-    return int(_popcount(words))
+    return int(_popcount(words, settings("popcount")["BLOCK"]).sum())
 
 
-def popcount_cpu(words: torch.Tensor) -> torch.Tensor:
+def popcount_by_block(
+    words: torch.Tensor,  # int32, any shape
+    block_words: int,  # a power of two
+) -> torch.Tensor:
+    """Bits set in each block of so many consecutive words, the last one ragged: int32 (blocks,)."""
+    return _popcount(words, block_words)
+
+
+def popcount_cpu(words: torch.Tensor, block_words: int) -> torch.Tensor:
     """By numpy."""
-    return torch.tensor(int(np.bitwise_count(words.detach().numpy().view(np.uint32)).sum()))
+    ones = np.bitwise_count(words.detach().reshape(-1).numpy().view(np.uint32))
+    starts = np.arange(0, words.numel(), block_words)
+    return torch.from_numpy(np.add.reduceat(ones, starts, dtype=np.int32) if len(starts) else np.zeros(0, np.int32))
 
 
-def popcount_reference(words: torch.Tensor) -> torch.Tensor:
+def popcount_reference(words: torch.Tensor, block_words: int) -> torch.Tensor:
     """In plain torch."""
-    return unpack_bits_reference(words).sum()
+    ones = unpack_bits_reference(words.reshape(-1, 1)).sum(1, dtype=torch.int32)
+    blocks = -(-words.numel() // block_words)
+    return torch.nn.functional.pad(ones, (0, blocks * block_words - len(ones))).view(blocks, -1).sum(1).int()
 
 
-def popcount_triton(words: torch.Tensor) -> torch.Tensor:
-    """On a GPU: a count a block, then their sum."""
+def popcount_triton(words: torch.Tensor, block_words: int) -> torch.Tensor:
+    """On a GPU."""
     words = words.contiguous()
-    chosen = settings("popcount")
-    grid = -(-words.numel() // chosen["BLOCK"])
-    counts = torch.empty(grid, dtype=torch.int32, device=words.device)
-    if grid:
-        _popcount_kernel[(grid,)](words, counts, words.numel(), **chosen)
-    return counts.sum()
+    blocks = -(-words.numel() // block_words)
+    counts = torch.empty(blocks, dtype=torch.int32, device=words.device)
+    if blocks:
+        chosen = settings("popcount") | {"BLOCK": block_words}
+        _popcount_kernel[(blocks,)](words, counts, words.numel(), **chosen)
+    return counts
 
 
 @triton.jit
@@ -56,8 +71,8 @@ def _popcount_kernel(words, counts, num_words, BLOCK: tl.constexpr):
 
 
 _popcount = operation(
-    "popcount(Tensor words) -> Tensor",
+    "popcount(Tensor words, int block_words) -> Tensor",
     cpu=popcount_cpu,
     cuda=popcount_triton,
-    fake=lambda words: words.new_empty((), dtype=torch.int64),
+    fake=lambda words, block_words: words.new_empty(-(-words.numel() // block_words), dtype=torch.int32),
 )

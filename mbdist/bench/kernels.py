@@ -3,7 +3,8 @@
 A row is one operation on one matrix. Baseline: what does the same work on a dense bf16 weight with the library, on the
 same device in the same run; empty where there is no such thing. Floor: the bytes that must move, at the rate at which
 the device copies a large buffer in this run (twice its bytes over its time); for products of many tokens the dense
-product itself. Inputs rotate through copies that no cache holds together.
+product itself. Inputs rotate through copies that no cache holds together. GemLite and BitBLAS stand beside one plane
+where they are installed, and a second table says what an H100 should reach (``kernel_goals``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import mbdist_kernels as kernels
-from mbdist_kernels import Signal
+from mbdist.bench.kernel_goals import goal_table
+from mbdist.bench.other_kernels import OTHERS, why_not
+from mbdist_kernels import ACCUMULATOR_FORMATS, Signal
+from mbdist_kernels.accumulator import in_pairs
+from mbdist_kernels.flip_update import candidate_mask
 from mbdist_kernels.launch import device_name
 from mbdist_kernels.linear_decode import MOST_TOKENS
 
@@ -50,7 +55,8 @@ class Measured:
 def bench_kernels(
     shapes: list[tuple[int, int]], planes: list[int], tokens: list[int], json_file: Path | None
 ) -> list[dict]:
-    """Measure, print a table, write ``json_file`` where given, and return its rows."""
+    """Measure, print the tables, write ``json_file`` where given (rows of the same device and torch that stand there
+    and are not measured now are kept), and return what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = torch.zeros(_ROTATED_BYTES, dtype=torch.uint8, device=device)
     copy = median_us([partial(torch.empty_like(large).copy_, large)], device)
@@ -58,16 +64,32 @@ def bench_kernels(
     console, rows = Console(), []
     table = Table("op", "shape", "planes", "batch", "us", "baseline us", "speed-up", "floor us", "of floor")
     console.print(f"{_describe(device)}; copies {bytes_per_us / 1e3:.1f} GB/s")
+    for other in OTHERS:
+        if reason := why_not(other):
+            console.print(f"{other}: not measured, {reason}")
     for m, n in shapes:
         for count in planes:
             for row in _measure(m, n, count, tokens, device, bytes_per_us):
                 rows.append(asdict(row))
                 table.add_row(*_cells(row))
-    console.print(table)
-    result = {"device": _describe(device), "torch": torch.__version__, "copy_gb_s": bytes_per_us / 1e3, "rows": rows}
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                if json_file is not None:  # at once: what was measured stays
+                    _write(json_file, device, bytes_per_us, rows)
+    console.print(table, goal_table(rows, device.type == "cuda"))
     return rows
+
+
+def _write(json_file: Path, device: torch.device, bytes_per_us: float, rows: list[dict]) -> None:
+    here = {"device": _describe(device), "torch": torch.__version__}
+    before = json.loads(json_file.read_text(encoding="utf-8")) if json_file.exists() else {"rows": []}
+    measured = {_what(row) for row in rows}
+    same = all(before.get(key) == value for key, value in here.items())
+    kept = [row for row in before["rows"] if same and _what(row) not in measured]
+    result = here | {"copy_gb_s": bytes_per_us / 1e3, "rows": kept + rows}
+    json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _what(row: dict) -> tuple:
+    return row["op"], row["shape"], row["planes"], row["batch"]
 
 
 def _cells(row: Measured) -> list[str]:
@@ -136,6 +158,8 @@ def _measure(
         ours, library = over(kernels.linear_forward, weights, x), over(torch.nn.functional.linear, dense_arguments, x)
         if batch <= MOST_TOKENS:  # bound by reading the weight
             yield row("linear, forward", batch, ours, library, packed_bytes)
+            if planes == 1:
+                yield from _others(m, n, batch, len(weights), row, library)
             continue
         yield row("linear, forward", batch, ours, library)
         dy = torch.randn(batch, m, device=device, dtype=torch.bfloat16)
@@ -152,37 +176,64 @@ def _measure(
         yield from _on_words(m, n, [weight[0][0] for weight in weights], dense, device, row, over)
 
 
+def _others(m, n, batch, copies, row, library) -> Iterator[Measured]:
+    """GemLite and BitBLAS, where they run."""
+    for other, calls_of in OTHERS.items():
+        if why_not(other):
+            continue
+        try:
+            yield row(f"linear, forward: {other}", batch, calls_of(m, n, batch, copies), library, m * n // 8)
+        except Exception as error:  # whatever a foreign package raises, ours are still measured
+            print(f"{other}, {m}x{n}, {batch} tokens: not measured, {type(error).__name__}: {error}")
+
+
 def _on_words(m, n, words, dense, device, row, over) -> Iterator[Measured]:
     """Operations that know one plane at a time."""
-    bits, elements = 4 * words[0].numel(), 32 * words[0].numel()
+    bits = words[0].nbytes
     yield row("pack", 0, over(kernels.pack_signs, [(w,) for w in dense]), [], 2 * m * n + bits)
     mask = torch.randint_like(words[0], 2)
     yield row("xor_apply", 0, over(kernels.xor_apply, [(plane, mask) for plane in words]), [], 3 * bits)
     ranks = rotated(torch.stack([words[0].view(-1)] * 8))
     yield row("vote, 8 ranks", 0, over(kernels.vote, [(copy,) for copy in ranks]), [], 9 * bits)
-    signal = torch.randn(1, elements, device=device) * 0.01
-    # One weight in a thousand past the threshold on the side that flips: 3.1 standard deviations.
-    spread = torch.randn(elements, device=device) * (kernels.THRESHOLD / 3.1)
-    accumulators = rotated(spread.clamp(-127, 127).to(torch.int8))
+    yield from _flip_updates(words, dense[0], device, row, over)
 
-    def update(accumulator, plane):
-        kernels.accumulate_signal(accumulator, signal, 32000, 1.0, [7], 0)
-        found, _ = kernels.find_candidates(accumulator, plane.view(-1))
-        kernels.xor_apply(plane, kernels.flip_mask(found, plane.numel()))
 
-    if device.type == "cpu":  # looks for flips, whose number a graph cannot wait for
-        weight, gradient = dense[0].clone(), torch.randn_like(dense[0])
-        moments = torch.zeros_like(weight), torch.zeros_like(weight)
-        step = torch.ones(())
+def _flip_updates(words, dense, device, row, over) -> Iterator[Measured]:
+    """The whole optimizer step of one contribution, against AdamW on a dense bf16 weight."""
+    elements = 32 * words[0].numel()
+    signal = _noise(elements, device).mul_(0.01)[None]
+    weight, gradient = dense.clone(), torch.randn_like(dense)
+    moments, step = (torch.zeros_like(weight), torch.zeros_like(weight)), torch.ones((), device=device)
 
-        def adamw():
-            torch._fused_adamw_(
-                [weight], [gradient], [moments[0]], [moments[1]], [], [step], lr=1e-3, beta1=0.9, beta2=0.95,
-                weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
-            )  # fmt: skip
+    def adamw():
+        torch._fused_adamw_(
+            [weight], [gradient], [moments[0]], [moments[1]], [], [step], lr=1e-3, beta1=0.9, beta2=0.95,
+            weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    for name in ("int8", "int4"):
+        form = ACCUMULATOR_FORMATS[name]
+        # One weight in a thousand past the threshold on the side that flips: 3.1 standard deviations.
+        values = _noise(elements, device).mul_(form.threshold / 3.1).clamp_(-form.bound, form.bound).to(torch.int8)
+        accumulators = rotated(in_pairs(values) if form.per_entry == 2 else values)
+
+        def update(accumulator, plane, form=form):
+            kernels.accumulate_signal(accumulator, signal, 32000, 1.0, [7], 0, form)
+            if device.type == "cuda":  # a graph cannot wait for the number of flips
+                mask = candidate_mask(accumulator, plane.view(-1), form)
+            else:
+                found, _ = kernels.find_candidates(accumulator, plane.view(-1), form)
+                mask = kernels.flip_mask(found, plane.numel())
+            kernels.xor_apply(plane, mask)
 
         pairs = list(zip(accumulators, words, strict=False))
-        yield row("flip_update, to fused AdamW", 0, over(update, pairs), [adamw], elements * 6 + 3 * bits)
+        moved = elements * 4 + 2 * accumulators[0].nbytes + 3 * words[0].nbytes
+        yield row(f"flip_update, {name}", 0, over(update, pairs), [adamw], moved)
+
+
+def _noise(count: int, device: torch.device) -> torch.Tensor:
+    """Normal, a million values over and over: drawing all of them would take longer than what is measured."""
+    return torch.randn(1 << 20, device=device).repeat(-(-count >> 20))[:count]
 
 
 def signal_as_words(m: int, n: int, device: torch.device) -> Signal:

@@ -69,7 +69,7 @@ def _operations(
 ) -> Iterator[tuple[str, str, list[Callable], dict]]:
     """(operation, bucket, calls on rotated inputs, settings to try)."""
     m, n = shape
-    of_blocks = {"BLOCK_ROWS": (4, 8, 16), "BLOCK_WORDS": (8, 16, 32), "num_warps": (4, 8)}
+    of_blocks = {"BLOCK_ROWS": (4, 8, 16, 32), "BLOCK_WORDS": (8, 16, 32), "num_warps": (4, 8)}
     x = torch.randn(16, n, dtype=torch.bfloat16, device=device)
     more = torch.randn(512, n, dtype=torch.bfloat16, device=device)
     dense = rotated(torch.randn(m, n, dtype=torch.bfloat16, device=device))
@@ -79,7 +79,7 @@ def _operations(
         weights = [(list(copy), *scales) for copy in rotated(torch.stack(packed))]
         yield "dequantize", bucket, [partial(kernels.dequantize, *w, out=out) for w in weights], of_blocks
         decode = {"BLOCK_ROWS": (64, 128), "BLOCKS_AT_A_TIME": (4, 8), "SPLIT": (1, 2, 4)}
-        decode |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+        decode |= {"num_warps": (4, 8), "num_stages": (3, 4, 6)}
         yield "linear_decode", bucket, [partial(kernels.linear_decode, x, *w) for w in weights], decode
         tiles = {"BLOCK_ROWS": (64, 128), "BLOCK_TOKENS": (64, 128), "BLOCK_WORDS": (1, 2)}
         tiles |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}

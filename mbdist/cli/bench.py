@@ -221,7 +221,10 @@ def kernels(
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens; repeatable. Default: 1 4 16 512, on a GPU 2048 8192 too.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the rows here too; other rows that stand there stay."),
+    ] = None,
 ) -> None:
     """Every operation on packed planes against its dense bf16 baseline and the floor of the memory.
 

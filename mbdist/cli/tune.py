@@ -15,8 +15,8 @@ def tune(
 ) -> None:
     """Measure the launch settings of the kernels on this GPU and write their table. Once a kind of GPU; some minutes.
 
-    All workers of a run must have the same table: it decides in which order sums are taken. Copy it with the
-    installation, or to every node.
+    It decides in which order sums are taken, so all workers of a run take over the table of worker 0: other nodes need
+    no copy.
 
     Example: `mbdist tune`
     """

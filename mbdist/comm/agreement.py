@@ -1,9 +1,15 @@
-"""Ranks that would not do the same computation stop at the start, with a message that says what differs."""
+"""Ranks that would not do the same computation stop at the start, with a message that says what differs; what they can
+take over from rank 0 they take over."""
 
 from __future__ import annotations
 
+import logging
+
 from mbdist.comm.communicator import Communicator
 from mbdist.errors import UserError
+from mbdist_kernels import launch
+
+_log = logging.getLogger(__name__)
 
 
 def agree(
@@ -24,3 +30,18 @@ def agree(
             + "\n  ".join(differing)
             + "\nStart all of them with the same config, versions and model."
         )
+
+
+def share_launch_settings(communicator: Communicator) -> None:
+    """Every rank launches its kernels as rank 0's table says: other block sizes may add up in another order, and a node
+    may lack the file, or have an older one. All ranks call it together."""
+    if communicator.world_size == 1:
+        return
+    own = launch.table()
+    of_rank_0 = communicator.all_gather_objects(own, "agreement")[0]
+    if own != of_rank_0:
+        _log.warning(
+            "mbdist: worker %d has another table of launch settings than worker 0, whose table is used",
+            communicator.rank,
+        )
+    launch.use_table(of_rank_0)

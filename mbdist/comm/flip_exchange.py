@@ -15,7 +15,7 @@ import torch
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.partition import WordPartition
-from mbdist_kernels import flip_apply_sparse, flip_encode_sparse, xor_apply
+from mbdist_kernels import flip_apply_sparse, flip_counts, flip_encode_sparse, xor_apply
 
 
 class PlaneStore(Protocol):
@@ -45,16 +45,17 @@ def gather_masks(
     if communicator.world_size == 1:
         return mask[None]
     buckets = mask.split(max(1, bucket_bytes // mask.element_size()))
-    sparse = [flip_encode_sparse(bucket) for bucket in buckets]
-    counts = torch.tensor([len(positions) for positions, _ in sparse], dtype=torch.int32, device=mask.device)
+    by_block = [flip_counts(bucket) for bucket in buckets]
+    counts = torch.stack([blocks.sum(dtype=torch.int32) for blocks in by_block])
     flips = communicator.all_gather(counts, "flip_counts").cpu()  # (R, buckets)
     gathered = []
-    for bucket, (positions, blocks), of_ranks in zip(buckets, sparse, flips.T, strict=True):
+    for bucket, blocks, of_ranks in zip(buckets, by_block, flips.T, strict=True):
         most = int(of_ranks.max())
         most += most % 2  # whole words
         if most == 0:
             gathered.append(mask.new_zeros(communicator.world_size, len(bucket)))
         elif len(blocks) + most // 2 < len(bucket):
+            positions = flip_encode_sparse(bucket)
             padded = torch.nn.functional.pad(positions.view(torch.int16), (0, most - len(positions)))
             messages = communicator.all_gather(torch.cat([blocks, padded.view(torch.int32)]), "flips")
             gathered.append(torch.stack([_mask_of(message, len(blocks), len(bucket)) for message in messages]))

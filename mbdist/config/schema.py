@@ -212,8 +212,8 @@ class BooleanOptimizerConfig(_Section):
     curvature_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Smoothing over steps of the curvature estimate h."""
     accumulator: Literal["int8", "int4", "fp32"] = "int8"
-    """How an accumulator is kept. `int4` has a unit of a quarter of the threshold (and still takes a byte), `fp32` is
-    the reference."""
+    """How an accumulator is kept. `int8` takes a byte a weight; `int4` takes half of one and has a unit of a quarter of
+    the threshold; `fp32` is the reference."""
     offload_accumulators: bool = False
     """GPU workers keep their accumulators in pinned host memory. They are fetched while their signals travel, and go
     back while the backward pass continues."""

@@ -49,10 +49,12 @@ from mbdist_kernels import (
     WORD_BITS,
     Signal,
     accumulate_signal,
+    accumulated_values,
     draw_tickets,
     find_candidates,
     flip_mask,
     fold_key,
+    set_accumulated,
     words_per_row,
 )
 
@@ -73,7 +75,7 @@ class Accumulated:
     matrix: int  # number of the layer
     planes: list[int]  # those it may flip
     segments: Segments
-    accumulator: torch.Tensor  # (32 P,), the owned part
+    accumulator: torch.Tensor  # of the owned part's 32 P weights, in the optimizer's format
     step_size: float  # eta of this matrix
     beta_q15: int = 0  # decay of the next step: 1 - share of bits just flipped; 0 before the first
     columns: torch.Tensor | None = None  # (32 W,): the owner's part of the column factor, of this step's signals
@@ -172,9 +174,10 @@ class BooleanOptimizer:
                 shared = config.planes in ("levels", "alternating")
                 full_name = name if shared else f"{name}.plane_{planes[0]}"
                 if self._host is None:
-                    accumulator = torch.zeros(partition.elements_per_rank, dtype=self.format.dtype, device=device)
+                    accumulator = self.format.zeros(partition.elements_per_rank, device)
                 else:
-                    accumulator = self._host.zeros(partition.elements_per_rank, self.format.dtype)
+                    entries = partition.elements_per_rank // self.format.per_entry
+                    accumulator = self._host.zeros(entries, self.format.dtype)
                 self.accumulated.append(
                     Accumulated(
                         full_name,
@@ -293,6 +296,10 @@ class BooleanOptimizer:
     def _first_element(self, entry: Accumulated) -> int:
         return entry.partition.first_word(self.communicator.rank) * WORD_BITS
 
+    def _entries_owned(self, entry: Accumulated) -> int:
+        """Of the accumulator's tensor, without the padding of the last part."""
+        return entry.partition.words_owned(self.communicator.rank) * WORD_BITS // self.format.per_entry
+
     def _key(self, contribution: int, entry: Accumulated) -> int:
         return fold_key(self.seed, self.step_count, contribution, entry.number)
 
@@ -362,9 +369,9 @@ class BooleanOptimizer:
                 masks[entry.matrix, k] = flip_mask(flips, entry.partition.words_per_rank)
             counts[i] = torch.tensor([len(found.elements), len(moves.elements), self._flipped_back(entry, moves)])
             # Behind zero by the guard: flipping back takes more evidence than flipping did.
-            reset = moves.values.sign().to(entry.accumulator.dtype) * round(self.config.guard * self.format.threshold)
+            reset = moves.values.sign() * (self.config.guard * self.format.threshold)
             kept_on = entry.accumulator.device
-            entry.accumulator[moves.elements.to(kept_on)] = reset.to(kept_on)
+            set_accumulated(entry.accumulator, moves.elements.to(kept_on), reset.to(kept_on))
         self.store.apply(masks)
         if self.probing:
             self._predict(training, chosen, report)
@@ -459,8 +466,8 @@ class BooleanOptimizer:
         """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of this rank's part."""
         found = {}
         for entry in self.accumulated:
-            used = self._on_device(entry)[: entry.partition.words_owned(self.communicator.rank) * WORD_BITS]
-            size = used.float().abs() / self.format.threshold
+            used = self._on_device(entry)[: self._entries_owned(entry)]
+            size = accumulated_values(used).float().abs() / self.format.threshold
             counts = torch.histc(size, bins=256, min=0, max=2)
             share = counts.cumsum(0) / max(1, size.numel())
             quantiles = [float((share < q).sum()) / 128 for q in of]
@@ -476,7 +483,8 @@ class BooleanOptimizer:
         for entry in self.accumulated:
             words = entry.partition.words_owned(rank)
             first = self._first_element(entry)
-            pieces.append(Piece(f"accumulator/{entry.name}", first, entry.accumulator[: words * WORD_BITS]))
+            accumulator = entry.accumulator[: self._entries_owned(entry)]
+            pieces.append(Piece(f"accumulator/{entry.name}", first // self.format.per_entry, accumulator))
             for k in entry.planes:
                 owned = self.store.owned_words(entry.matrix, k)[:words]
                 name = f"plane/{plane_name(self._name_of(entry), k)}"
@@ -514,11 +522,18 @@ class BooleanOptimizer:
         for entry in self.accumulated:
             of_entry = shared["accumulators"][entry.name]
             first = self._first_element(entry)
-            count = entry.partition.words_owned(self.communicator.rank) * WORD_BITS
-            entry.accumulator[:count].copy_(saved.read(f"accumulator/{entry.name}", first, count))
+            count = self._entries_owned(entry)
+            accumulator = saved.read(f"accumulator/{entry.name}", first // self.format.per_entry, count)
+            if count and accumulator.dtype != self.format.dtype:
+                raise UserError(
+                    f"{saved.folder} has accumulators of {accumulator.dtype}, and boolean.accumulator = "
+                    f"{self.config.accumulator} is kept in {self.format.dtype}: resume with the version that wrote it"
+                )
+            entry.accumulator[:count].copy_(accumulator)
             entry.beta_q15, entry.step_size = of_entry["beta_q15"], of_entry["step_size"]
             flips = torch.cat([piece.view(-1, 2) for piece in saved.pieces(f"recent/{entry.name}")])
-            mine_of_flips = flips[(flips[:, 0] >= first) & (flips[:, 0] < first + count)]
+            last = first + count * self.format.per_entry
+            mine_of_flips = flips[(flips[:, 0] >= first) & (flips[:, 0] < last)]
             entry.recent.clear()
             for age in range(of_entry["recent_steps"]):
                 elements = mine_of_flips[mine_of_flips[:, 1] == age, 0] - first

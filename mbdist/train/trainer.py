@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, check_resumable
-from mbdist.comm.agreement import agree
+from mbdist.comm.agreement import agree, share_launch_settings
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, Batches, load_corpus
@@ -79,6 +79,7 @@ class Trainer:
         student = empty_model(source)
         files = WeightFiles(source, student)
         self._agree(files)
+        share_launch_settings(communicator)
         self.bits_per_weight = bits_per_weight(student)
         self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
         choose_trained_floats(student, config.floats.also_train, self.dtype)

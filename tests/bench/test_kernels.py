@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mbdist.bench import kernels as kernel_bench
 from mbdist.bench import tune as tuner
+from mbdist.bench.kernel_goals import goal_table
 from mbdist.bench.kernels import bench_kernels
+from mbdist.bench.other_kernels import why_not
 from mbdist.cli.main import app
 from mbdist_kernels import launch, registration
 
@@ -27,6 +30,30 @@ def test_rows_name_operation_shape_and_baseline(tmp_path):
     decoding = next(row for row in rows if row["op"] == "linear, forward" and row["batch"] == 1)
     assert decoding["shape"] == "64x96" and decoding["us"] > 0 and decoding["baseline_us"] > 0 < decoding["floor_us"]
     assert {"pack", "dequantize", "vote, 8 ranks", "linear, dW to signs and scales"} <= {row["op"] for row in rows}
+
+
+def test_rows_of_other_shapes_are_kept_and_the_same_ones_replaced(tmp_path):
+    results = tmp_path / "kernels.json"
+    bench_kernels([(32, 64)], [1], [1], results)
+    before = json.loads(results.read_text())
+    for row in before["rows"]:
+        row["us"] = -1
+    results.write_text(json.dumps(before | {"rows": [*before["rows"], before["rows"][0] | {"shape": "1x1"}]}))
+    rows = bench_kernels([(32, 64)], [1], [1], results)
+    assert json.loads(results.read_text())["rows"][1:] == rows and len(rows) == len(before["rows"])
+    assert all(row["us"] > 0 for row in rows)
+    results.write_text(json.dumps(before | {"device": "another"}))
+    bench_kernels([(32, 64)], [1], [1], results)
+    assert json.loads(results.read_text())["rows"][0]["us"] > 0, "rows of another device are not mixed in"
+
+
+def test_goals_say_whether_they_were_reached_or_not_measured():
+    row = {"op": "linear, forward", "shape": "28672x8192", "planes": 1, "batch": 1, "us": 19.0, "baseline_us": 156.0}
+    assert set(goal_table([row], False).columns[6].cells) == {"not measured"}
+    found = goal_table([row], True)
+    reached = [value for value in found.columns[7].cells if value]
+    assert reached == ["no", "yes"], "over 18 us, but an eighth of the dense product"
+    assert why_not("gemlite") and why_not("torch") == (None if torch.cuda.is_available() else "needs a GPU")
 
 
 def test_a_shape_that_is_none_is_refused():
@@ -53,11 +80,11 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     with registration.kernels_on_cpu():
         table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
-    launch.table.cache_clear()
+    launch.measured.cache_clear()
     try:
         assert launch.settings("dequantize", 1) == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]
         assert launch.settings("vote")["BLOCK"] in (1024, 2048)
         assert launch.settings("dense_from", 1)["tokens"] in (17, 32, 64)
     finally:
         monkeypatch.undo()
-        launch.table.cache_clear()
+        launch.measured.cache_clear()

@@ -1,5 +1,6 @@
 """Ranks that differ stop at the start; ranks that are gone or stuck are an error, not a hang."""
 
+import json
 import os
 import signal
 import sys
@@ -12,11 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import run_on_ranks
 
-from mbdist.comm.agreement import agree
+from mbdist.comm.agreement import agree, share_launch_settings
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.signal_exchange import SignalExchange
 from mbdist.errors import UserError
 from mbdist.train.watchdog import Watchdog
+from mbdist_kernels import launch
 
 
 def _disagreeing():
@@ -33,6 +35,33 @@ def test_workers_that_differ_are_told_in_what(tmp_path):
         assert "seed is 0 on worker 0, but 1 on worker 2" in message
         assert "digest is (absent) on worker 0, but ab on worker 1" in message
         assert "codec" not in message
+
+
+def _with_tables_of_their_own(folder):
+    communicator = Communicator(60)
+    launch.TUNED = Path(folder) / str(communicator.rank)  # what every node has on its own disk
+    launch.measured.cache_clear()
+    before = launch.settings("vote"), launch.settings("dequantize", 2)
+    try:
+        share_launch_settings(communicator)
+        return before, (launch.settings("vote"), launch.settings("dequantize", 2))
+    finally:
+        launch.use_table(None)
+        launch.TUNED = Path(launch.__file__).with_name("tuned")
+        launch.measured.cache_clear()
+
+
+def test_all_workers_launch_kernels_by_the_table_of_the_first(tmp_path):
+    ours, theirs = {"BLOCK": 512, "num_warps": 2}, {"BLOCK": 8192, "num_warps": 8}
+    blocks = {"BLOCK_ROWS": 2, "BLOCK_WORDS": 2, "num_warps": 1}
+    tables = {"vote": {"": ours}}, {"vote": {"": theirs}, "dequantize": {"K=2": blocks}}
+    for rank, table in enumerate(tables):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / f"{launch.device_name()}.json").write_text(json.dumps(table))
+    (first, shared), (second, also_shared) = run_on_ranks(2, tmp_path, _with_tables_of_their_own, tmp_path)
+    rule = launch.rule("dequantize", 2)
+    assert first == (ours, rule) and second == (theirs, blocks), "the tables differ"
+    assert shared == also_shared == (ours, rule)
 
 
 def _with_a_lost_peer(rank, world_size, folder, how):

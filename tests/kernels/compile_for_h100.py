@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.tools.disasm import get_sass
 
+from mbdist_kernels.accumulator import INT4, INT8
 from mbdist_kernels.launch import rule
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -126,7 +127,9 @@ def all_kernels():
         for what, kind in ((", values", "*fp32"), (", words", "*i32")):
             inputs = {"gradient": "*i16", "signals": (kind,), **parts, **factors}
             constants = {"SIGNALS": 1, "AS_WORDS": kind == "*i32"}
-            yield of_planes("linear_backward", "linear_backward", "_epilogue_kernel", inputs, constants, what)
+            yield of_planes(
+                "linear_backward", "linear_backward", "_epilogue_kernel", inputs, constants, what, fuse=True
+            )
     inputs = {
         "x": "*i16",
         "scale_in": "*fp32",
@@ -137,15 +140,18 @@ def all_kernels():
     }
     yield Kernel("linear_decode, inputs", "linear_decode", "_permute_kernel", inputs, {"BLOCK": 128})
     numbers = dict.fromkeys(("num_elements", "first_pair", "beta_q15", "limit_q", "bound"), "i32")
-    inputs = {"accumulator": "*i8", "signals": "*fp32", "keys": "*i32", **numbers}
-    for count in (1, 8):
-        constants, title = {"UNIT": float(64 << 15), "CONTRIBUTIONS": count}, f"flip_update, {count} contributions"
-        yield Kernel(title, "flip_update", "_accumulate_kernel", inputs, constants, "flip_update")
     words = {"words": "*i32", "num_words": "i32"}
-    inputs = words | {"accumulator": "*i8", "mask": "*i32", "threshold": "i32"}
-    for by_size in (False, True):
-        title = f"candidate_mask{', by size' * by_size}"
-        yield Kernel(title, "flip_update", "_candidate_kernel", inputs, {"BY_SIZE": by_size}, "candidate_mask")
+    for what, form, kind in (("", INT8, "*i8"), (", int4", INT4, "*u8")):
+        inputs = {"accumulator": kind, "signals": "*fp32", "keys": "*i32", **numbers}
+        pairs = {"PAIRS": form.per_entry == 2}
+        for count in (1, 8):
+            constants = {"UNIT": float(form.threshold << 15), "CONTRIBUTIONS": count, **pairs}
+            title = f"flip_update, {count} contributions{what}"
+            yield Kernel(title, "flip_update", "_accumulate_kernel", inputs, constants, "flip_update")
+        inputs = words | {"accumulator": kind, "mask": "*i32", "threshold": "i32"}
+        for by_size in (False, True):
+            title, constants = f"candidate_mask{', by size' * by_size}{what}", {"BY_SIZE": by_size, **pairs}
+            yield Kernel(title, "flip_update", "_candidate_kernel", inputs, constants, "candidate_mask")
     constants = {"INFINITY": 0x7F80, "MAGNITUDE": 0x7FFF}
     yield Kernel("pack", "pack", "_pack_kernel", {"values": "*i16", "words": "*i32", **sizes}, constants, "pack")
     inputs = {"words": "*i32", "out": "*bf16", **sizes}

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_linear_math import random_planes
-from test_registration import CASES
+from test_registration import CASES, operation_of
 from test_words import random_words
 
 from mbdist_kernels.registration import kernels_on_cpu
@@ -35,15 +35,18 @@ def larger_cases():
     signal[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     yield "accumulate_signal", (accumulator, signal, 30_000, 1 << 20, [7, 2**32 - 5, 9], 2**33, 64 << 15, 127)
     yield "candidate_mask", (accumulator, random_words(20_000), 64)
+    pairs = torch.randint(0, 256, (320_000,), dtype=torch.uint8)
+    yield "accumulate_signal", (pairs, signal, 30_000, 1 << 17, [7, 2**32 - 5, 9], 2**33, 4 << 15, 7)
+    yield "candidate_mask", (pairs, None, 4)
     yield "vote", (random_words(8, 20_001),)
-    yield "popcount", (random_words(20_001),)
+    yield "popcount", (random_words(20_001), 2048)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*CASES.items(), *larger_cases()])
 def test_operation(name, arguments):
     if name == "linear_decode" and arguments[0].dtype == torch.float32:
         arguments = (arguments[0].bfloat16(), *arguments[1:])  # kernels multiply in bf16
-    operation = getattr(torch.ops.mbdist, name).default
+    operation = operation_of(name)
     found, expected = [], []
     for device, results in ((KERNELS_ON, found), ("cpu", expected)):
         given = [_copy(argument, device) for argument in arguments]

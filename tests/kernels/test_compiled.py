@@ -47,7 +47,7 @@ def test_no_kernel_spills(compiled):
 def test_products_run_on_tensor_cores_and_decoding_with_the_weight_in_registers(compiled, planes):
     decode, tiles = (compiled[f"{name}, K={planes}"] for name in ("linear_decode", "linear_in_tiles"))
     assert decode["tensor_core"] > 0 and tiles["tensor_core"] > 0
-    assert decode["loop_instructions"] > 500, "the loop was not found"
+    assert decode["loop_instructions"] > 400, "the loop was not found"
     assert decode["loop_shared_stores"] == 0
 
 

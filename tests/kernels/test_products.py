@@ -1,5 +1,7 @@
 """The products of a multi-Boolean layer, on every implementation, against float64 on the same rounded inputs."""
 
+import importlib
+
 import pytest
 import torch
 from test_linear_math import dense64, random_planes
@@ -7,6 +9,7 @@ from test_linear_math import dense64, random_planes
 from mbdist_kernels import (
     Signal,
     launch,
+    linear_backward,
     linear_backward_input,
     linear_backward_weight,
     linear_decode,
@@ -52,7 +55,8 @@ def test_decode(implementation, shape, num_planes, num_tokens):
 
 
 @pytest.mark.parametrize("split", [1, 4])
-def test_decode_over_several_blocks_of_rows_and_turns_of_the_loop(split):
+def test_decode_over_several_blocks_of_rows_and_turns_of_the_loop(split, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mbdist_kernels.linear_decode"), "_MEASURED_ROWS", 130)  # none for more
     planes, scale_out, scale_in = random_planes(130, 2100, 2)
     x = torch.randn(3, 2100).bfloat16()
     chosen = {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 4, "SPLIT": split, "num_warps": 4, "num_stages": 3}
@@ -86,6 +90,16 @@ def test_a_token_that_is_not_finite_stays_alone(implementation):
     y = linear_decode(x, planes, scale_out, scale_in)
     torch.testing.assert_close(y[[0, 3]], alone)
     assert not y[1].isfinite().any() and not y[2].isfinite().any()
+
+
+def test_a_token_that_is_not_finite_stays_alone_in_tiles():
+    planes, scale_out, scale_in = random_planes(40, 70, 2)
+    x = torch.randn(20, 70).bfloat16()
+    alone = linear_in_tiles_triton(x, planes, scale_out, scale_in)
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    y = linear_in_tiles_triton(x, planes, scale_out, scale_in)
+    assert torch.equal(y[3:], alone[3:]) and torch.equal(y[0], alone[0])
+    assert not y[1:3].isfinite().any()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 17, 65])
@@ -133,6 +147,23 @@ def test_backward_and_its_identities(implementation, num_tokens, num_planes):
     y = x.double() @ weight.T
     torch.testing.assert_close((scale_out * grad_out).sum(0).double(), (dy * y).sum(0), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close((scale_in * grad_in).sum(0).double(), (x * dx).sum(0).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_weight_gradient_is_never_whole(monkeypatch):
+    """Chunks of 128 rows give what all rows at once give, in memory for one of them."""
+    m, n = 300, 64
+    planes, scale_out, scale_in = random_planes(m, n, 2)
+    x, dy = torch.randn(9, n), torch.randn(9, m)
+    found, sizes = [], []
+    real = linear_backward.reused_scratch
+    monkeypatch.setattr(linear_backward, "reused_scratch", lambda size, *of: sizes.append(size) or real(size, *of))
+    for chunk_bytes in (1 << 30, 4):
+        monkeypatch.setattr(linear_backward, "_CHUNK_BYTES", chunk_bytes)
+        signal = Signal(scale_out[1], scale_in[1], torch.full((m, n), torch.nan))
+        found.append((*linear_backward_weight(dy, x, planes, scale_out, scale_in, [signal]), signal.values))
+    assert sizes == [m * n, 128 * n]
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

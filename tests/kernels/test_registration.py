@@ -19,7 +19,7 @@ def cases():
     yield "pack_signs", (torch.randn(3, 40),)
     yield "unpack_signs", (random_words(3, 2), 40, torch.bfloat16)
     yield "unpack_bits", (random_words(3, 2),)
-    yield "popcount", (random_words(3, 2),)
+    yield "popcount", (random_words(3, 2), 4)
     yield "xor_apply", (random_words(6), random_words(6))
     yield "dequantize", (PLANES, SCALE_OUT, SCALE_IN, torch.empty(33, 70))
     yield "linear_decode", (torch.randn(2, 70), PLANES, SCALE_OUT, SCALE_IN)
@@ -29,23 +29,30 @@ def cases():
     yield "scale_gradients_and_signals", (*epilogue, *signals)
     yield "accumulate_signal", (accumulator, torch.randn(1, 64), 1 << 15, 1 << 21, [7], 0, 1 << 21, 127)
     yield "candidate_mask", (accumulator, random_words(2), 64)
+    pairs = torch.zeros(32, dtype=torch.uint8)
+    yield "accumulate_signal, int4", (pairs, torch.randn(1, 64), 1 << 15, 1 << 17, [7], 0, 1 << 17, 7)
+    yield "candidate_mask, int4", (pairs, random_words(2), 4)
     yield "vote", (random_words(3, 5),)
     yield "signal_accumulate", (torch.zeros(3, 40), random_words(2, 3, 2), torch.rand(2, 3))
     yield "flip_apply_sparse", (random_words(10), torch.zeros(1, dtype=torch.int16), torch.ones(1, dtype=torch.int32))
 
 
-CASES = dict(cases())
+CASES = dict(cases())  # "operation, what of it"
+
+
+def operation_of(case):
+    return getattr(torch.ops.mbdist, case.split(",")[0]).default
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_registration(name):
-    library.opcheck(getattr(torch.ops.mbdist, name).default, CASES[name])
+    library.opcheck(operation_of(name), CASES[name])
 
 
 def test_every_operation_is_checked():
     assert {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "mbdist::" in name
-    } == set(CASES)
+    } == {name.split(",")[0] for name in CASES}
 
 
 def test_a_graph_of_operations_compiles_whole():

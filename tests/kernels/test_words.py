@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from mbdist_kernels import (
     flip_apply_sparse,
+    flip_counts,
     flip_encode_sparse,
     flip_mask,
     pack_signs,
     popcount,
+    popcount_by_block,
     signal_accumulate,
     signal_decode,
     signal_encode,
@@ -72,7 +74,7 @@ def test_every_version_equals_the_plain_one(implementation, num_words):
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         columns = values.shape[1]
         assert torch.equal(unpack_signs(words, columns, dtype), unpack_signs_reference(words, columns, dtype))
-    assert popcount(words) == int(popcount_reference(words))
+    assert torch.equal(popcount_by_block(words, 4), popcount_reference(words, 4))
     totals = [values.clone(), values.clone()]
     magnitudes = torch.rand(2, 3)
     signal_accumulate(totals[0], torch.stack([words, ~words]), magnitudes)
@@ -84,6 +86,10 @@ def test_popcount(implementation):
     assert popcount(torch.tensor([70, -1, 0, -(2**31)], dtype=torch.int32)) == 3 + 32 + 0 + 1
     words = random_words(3, 1500)
     assert popcount(words) == int(unpack_bits(words).sum())
+    by_block = popcount_by_block(torch.tensor([70, -1, 1], dtype=torch.int32), 2)
+    assert by_block.tolist() == [35, 1] and by_block.dtype == torch.int32
+    assert popcount_by_block(words, 1024).tolist() == [popcount(part) for part in words.view(-1).split(1024)]
+    assert popcount(words[:0]) == 0 and len(popcount_by_block(words[:0], 32)) == 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 100), (9, 64)])
@@ -120,7 +126,7 @@ def test_sparse_flips_decode_to_their_mask(num_words, count, seed):
     generator = torch.Generator().manual_seed(seed)
     elements = torch.randperm(num_words * 32, generator=generator)[:count].int()
     mask = flip_mask(elements, num_words)
-    positions, counts = flip_encode_sparse(mask)
+    positions, counts = flip_encode_sparse(mask), flip_counts(mask)
     assert len(positions) == int(counts.sum()) == len(elements) and len(counts) == -(-num_words // 2048)
     words = random_words(num_words)
     expected = words ^ mask
@@ -131,13 +137,13 @@ def test_sparse_flips_decode_to_their_mask(num_words, count, seed):
 def test_sparse_flips_on_every_implementation(implementation):
     elements = torch.tensor([3, 70_000, 70_001, 65_535, 65_536, 199_999])
     mask = flip_mask(elements.int(), 6250)
-    positions, counts = flip_encode_sparse(mask)
+    positions, counts = flip_encode_sparse(mask), flip_counts(mask)
     assert positions.tolist() == [3, 65_535, 0, 4464, 4465, 3391] and counts.tolist() == [2, 3, 0, 1]
     words = torch.zeros(6250, dtype=torch.int32)
     flip_apply_sparse(words, positions, counts)
     assert torch.equal(words, mask)
     empty = torch.zeros(6250, dtype=torch.int32)
-    flip_apply_sparse(words, *flip_encode_sparse(empty))
+    flip_apply_sparse(words, flip_encode_sparse(empty), flip_counts(empty))
     assert torch.equal(words, mask)
 
 

@@ -337,6 +337,24 @@ def test_state_of_another_run_is_refused(tmp_path):
         optimizer.load_state(state, Checkpoint(tmp_path / "step_2"))
 
 
+def test_an_int4_accumulator_takes_half_a_byte_here_and_in_a_checkpoint(tmp_path):
+    optimizers = {}
+    for name in ("int8", "int4"):
+        config = RAW.model_copy(update={"accumulator": name})
+        optimizer = BooleanOptimizer(make_layers(), config, CommConfig(codec="fp32"), Communicator(), 10, 1, seed=0)
+        optimizer.store = store_of(optimizer)
+        optimizers[name] = optimizer
+    weights = sum(32 * layer.planes[0].numel() for layer in optimizers["int8"].layers.values())
+    assert optimizers["int8"].state_bytes()["accumulators"] == weights
+    assert optimizers["int4"].state_bytes()["accumulators"] == weights // 2
+    pieces = optimizers["int4"].state_pieces()
+    assert sum(piece.values.nbytes for piece in pieces if piece.name.startswith("accumulator/")) == weights // 2
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), 0, 1, "a", lambda *_, **__: None)
+    writer.save(2, optimizers["int8"].state_pieces(), {"step": 2}, wait=True)
+    with pytest.raises(UserError, match=r"accumulators of torch.int8, and boolean.accumulator = int4"):
+        optimizers["int4"].load_state(optimizers["int8"].shared_state(), Checkpoint(tmp_path / "step_2"))
+
+
 def test_the_step_size_keeps_a_few_candidates_for_every_move():
     """From 100 times too large a step: the crowd of candidates thins out to what ranks can tell apart."""
     settings = {**COMMON, "step_size": 50.0, "max_step": 0.5}

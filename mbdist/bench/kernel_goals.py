@@ -1,0 +1,62 @@
+"""What the kernels should take on an H100, and what they took: the floor, the goal, the measurement.
+
+Floors are bytes at 3.0 TB/s; a goal is microseconds, or a multiple of the dense bf16 product in the same run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Goal:
+    op: str
+    shape: str
+    planes: int
+    batch: int
+    floor_us: float | None
+    most_us: float | None = None
+    most_ratio: float | None = None  # to the baseline
+
+
+SQUARE, WIDE = "8192x8192", "28672x8192"
+GOALS = [
+    *(Goal("linear, forward", SQUARE, 1, batch, 2.8, 7) for batch in (1, 16)),
+    *(Goal("linear, forward", WIDE, 1, batch, 9.8, 18) for batch in (1, 16)),
+    Goal("linear, forward", WIDE, 1, 1, 9.8, most_ratio=1 / 8),
+    Goal("linear, forward", SQUARE, 3, 1, 8.4, 18),
+    Goal("linear, forward", WIDE, 3, 1, 29.5, 50),
+    Goal("linear, forward", "5120x5120", 1, 1, 1.1, 5),
+    Goal("linear, forward", "13824x5120", 1, 1, 2.95, 8),
+    Goal("dequantize", SQUARE, 1, 0, 47.5, 60),
+    Goal("dequantize", SQUARE, 3, 0, 53, 65),
+    Goal("linear, forward", SQUARE, 1, 512, 86, 134),  # tiles: what a dense weight and the library's product take
+    Goal("linear, forward", SQUARE, 1, 8192, None, most_ratio=1.06),
+    Goal("linear, dX", SQUARE, 1, 8192, None, most_ratio=1.06),
+    Goal("linear, dW to signs and scales", SQUARE, 1, 8192, None, most_ratio=1.10),
+    Goal("linear, dW to signs and scales", SQUARE, 3, 8192, None, most_ratio=1.12),
+    Goal("flip_update, int8", SQUARE, 1, 0, 53, 85),
+    Goal("vote, 8 ranks", SQUARE, 1, 0, 25, 35),
+    Goal("xor_apply", SQUARE, 1, 0, 8.4, 12),
+    Goal("pack", SQUARE, 1, 0, 47, 60),
+]
+
+
+def goal_table(rows: list[dict], on_gpu: bool) -> Table:
+    """Every goal beside the row that answers it; ``rows`` as of ``bench_kernels``."""
+    measured = {(row["op"], row["shape"], row["planes"], row["batch"]): row for row in rows if on_gpu}
+    table = Table("goal on an H100", "shape", "planes", "batch", "floor us", "at most", "measured", "reached")
+    for goal in GOALS:
+        found, reached = "not measured", ""
+        if row := measured.get((goal.op, goal.shape, goal.planes, goal.batch)):
+            value, most = row["us"], goal.most_us
+            if goal.most_ratio is not None:
+                value, most = row["us"] / row["baseline_us"], goal.most_ratio
+            found, reached = f"{value:,.2f}", "yes" if value <= most else "no"
+        most = f"{goal.most_us:g} us" if goal.most_ratio is None else f"{goal.most_ratio:.3g} x dense"
+        floor = "" if goal.floor_us is None else f"{goal.floor_us:g}"
+        batch = str(goal.batch or "")
+        table.add_row(goal.op, goal.shape, str(goal.planes), batch, floor, most, found, reached)
+    return table
