@@ -33,8 +33,8 @@ from mbdist_kernels.nearest_levels import nearest_levels, signs_of_codes
 from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.popcount import popcount
 from mbdist_kernels.random import fold_key, random_bits
-from mbdist_kernels.row_codes import decode_rows, encode_rows
-from mbdist_kernels.signal_codec import signal_accumulate, signal_decode, signal_encode, signal_encode_unbiased
+from mbdist_kernels.row_codes import decode_rows, draw_signs, encode_rows, largest_of_rows
+from mbdist_kernels.signal_codec import signal_accumulate, signal_encode
 from mbdist_kernels.unpack import bits_at, unpack_bits, unpack_signs
 from mbdist_kernels.vote import vote
 from mbdist_kernels.xor_apply import xor_apply
@@ -53,6 +53,7 @@ __all__ = [
     "column_square_sums",
     "decode_rows",
     "dequantize",
+    "draw_signs",
     "draw_tickets",
     "encode_rows",
     "feed_errors_forward",
@@ -61,6 +62,7 @@ __all__ = [
     "flip_encode_sparse",
     "flip_mask",
     "fold_key",
+    "largest_of_rows",
     "linear_backward_input",
     "linear_backward_weight",
     "linear_decode",
@@ -71,9 +73,7 @@ __all__ = [
     "random_bits",
     "scale_gradients_and_signals",
     "signal_accumulate",
-    "signal_decode",
     "signal_encode",
-    "signal_encode_unbiased",
     "signs_of_codes",
     "unpack_bits",
     "unpack_signs",

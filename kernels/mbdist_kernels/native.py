@@ -225,12 +225,44 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     )
 
 
-def decode_signs(words, magnitudes, columns) -> torch.Tensor:
-    rows, row_words = words.shape
-    values = torch.empty(rows, row_words * 32)
-    accelerator().mbdist_decode_signs(
-        *map(_pointer, (words, magnitudes, columns)),
-        *map(ctypes.c_int64, (rows, row_words)),
+def largest_of_rows(values) -> torch.Tensor:
+    found = torch.empty(len(values))
+    accelerator().mbdist_largest_of_rows(
+        _pointer(values), *map(ctypes.c_int64, values.shape), _pointer(found), torch.get_num_threads()
+    )
+    return found
+
+
+def encode_rows(values, inverse, bits) -> torch.Tensor:
+    words = torch.empty(len(values), values.shape[1] * bits // 32, dtype=torch.int32)
+    accelerator().mbdist_encode_rows(
+        *map(_pointer, (values, inverse)),
+        *map(ctypes.c_int64, (len(values), values.shape[1] // 32)),
+        ctypes.c_int(bits),
+        _pointer(words),
+        torch.get_num_threads(),
+    )
+    return words
+
+
+def draw_signs(values, inverse, key) -> torch.Tensor:
+    words = torch.empty(len(values), values.shape[1] // 32, dtype=torch.int32)
+    accelerator().mbdist_draw_signs(
+        *map(_pointer, (values, inverse)),
+        *map(ctypes.c_int64, words.shape),
+        ctypes.c_uint32(key),
+        _pointer(words),
+        torch.get_num_threads(),
+    )
+    return words
+
+
+def decode_rows(words, sizes, columns, bits) -> torch.Tensor:
+    values = torch.empty(len(words), len(columns))
+    accelerator().mbdist_decode_rows(
+        *map(_pointer, (words, sizes, columns)),
+        *map(ctypes.c_int64, (len(words), len(columns) // 32)),
+        ctypes.c_int(bits),
         _pointer(values),
         torch.get_num_threads(),
     )

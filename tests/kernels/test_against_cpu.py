@@ -35,6 +35,15 @@ def larger_cases():
     signal[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     yield "accumulate_signal", (accumulator, signal, 30_000, 1 << 20, [7, 2**32 - 5, 9], 2**33, 64 << 15, 127)
     yield "candidate_mask", (accumulator, random_words(20_000), 64)
+    values = torch.randn(33, 2112) * 10 ** torch.randn(33, 1)
+    values[7, 9], values[8, 10], values[9] = torch.nan, torch.inf, 0.0
+    sizes = values.abs().amax(1)
+    inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
+    for bits in (8, 4):
+        yield "encode_rows", (values, inverse * (2 ** (bits - 1) - 1), bits)
+        yield "decode_rows", (random_words(33, 66 * bits), sizes, torch.randn(2112))
+    yield "draw_signs", (values, inverse, 2**32 - 5)
+    yield "decode_rows", (random_words(33, 66), sizes, torch.randn(2112))
     yield "vote", (random_words(8, 20_001),)
     yield "popcount", (random_words(20_001),)
 
