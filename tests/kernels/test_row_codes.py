@@ -51,7 +51,10 @@ def test_all_implementations_write_and_read_the_same(implementation, shape, seed
     assert_same_bits(largest_of_rows(values), values.abs().amax(1))
     coded = [encode_rows(values, 8), encode_rows(values, 4), draw_signs(values, seed + 2**31)]
     expected = [
-        *(encode_reference(values, inverse_of(sizes), bits) for (_, sizes), bits in zip(coded[:2], (8, 4), strict=True)),
+        *(
+            encode_reference(values, inverse_of(sizes), bits)
+            for (_, sizes), bits in zip(coded[:2], (8, 4), strict=True)
+        ),
         draw_reference(values, inverse_of(coded[2][1]), seed + 2**31),
     ]
     for (words, sizes), reference in zip(coded, expected, strict=True):
