@@ -33,7 +33,8 @@ from mbdist_kernels.nearest_levels import nearest_levels, signs_of_codes
 from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.popcount import popcount
 from mbdist_kernels.random import fold_key, random_bits
-from mbdist_kernels.row_codes import decode_rows, draw_signs, encode_rows, largest_of_rows
+from mbdist_kernels.row_codes import decode_rows, draw_signs, encode_rows
+from mbdist_kernels.scratch import reused_scratch
 from mbdist_kernels.signal_codec import signal_accumulate, signal_encode
 from mbdist_kernels.unpack import bits_at, unpack_bits, unpack_signs
 from mbdist_kernels.vote import vote
@@ -62,7 +63,6 @@ __all__ = [
     "flip_encode_sparse",
     "flip_mask",
     "fold_key",
-    "largest_of_rows",
     "linear_backward_input",
     "linear_backward_weight",
     "linear_decode",
@@ -71,6 +71,7 @@ __all__ = [
     "pack_signs",
     "popcount",
     "random_bits",
+    "reused_scratch",
     "scale_gradients_and_signals",
     "signal_accumulate",
     "signal_encode",

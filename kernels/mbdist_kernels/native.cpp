@@ -363,15 +363,28 @@ inline float clamped(float value, float limit) {  // 0 for a NaN
   return std::min(std::max(value, -limit), limit);
 }
 
+// The largest magnitude of a row. Magnitudes compare as integers do, and a NaN is above infinity.
+inline float largest(const float* row, int64_t row_words) {
+  int32_t most[kWordBits] = {};
+  for (int64_t w = 0; w < row_words; ++w)
+    for (int b = 0; b < kWordBits; ++b)
+      most[b] = std::max(most[b], static_cast<int32_t>(as_bits(row[w * kWordBits + b]) & 0x7FFFFFFFu));
+  return as_float(static_cast<uint32_t>(*std::max_element(most, most + kWordBits)));
+}
+
+inline float inverse_of(float size) { return size > 0.0f ? 1.0f / size : 0.0f; }
+
 template <int Bits>
-void encode_rows(const float* values, const float* inverse, int64_t rows, int64_t row_words, uint8_t* words,
-                 int threads) {
+void encode_rows(const float* values, int64_t rows, int64_t row_words, float inverse_of_most, uint8_t* words,
+                 float* sizes, int threads) {
   constexpr float most = (1 << (Bits - 1)) - 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
+    const float inverse =
+        inverse_of(sizes[row] = largest(values + row * row_words * kWordBits, row_words) * inverse_of_most);
     for (int64_t at = row * row_words; at < (row + 1) * row_words; ++at) {
       int32_t codes[kWordBits];
-      for (int b = 0; b < kWordBits; ++b) codes[b] = rounded(clamped(values[at * kWordBits + b] * inverse[row], most));
+      for (int b = 0; b < kWordBits; ++b) codes[b] = rounded(clamped(values[at * kWordBits + b] * inverse, most));
       uint8_t* target = words + at * 4 * Bits;
       if constexpr (Bits == 8) {
         for (int b = 0; b < kWordBits; ++b) target[b] = static_cast<uint8_t>(codes[b]);
@@ -502,42 +515,25 @@ void mbdist_feed_errors_forward(float* columns, int64_t rows, int64_t width, con
   });
 }
 
-void mbdist_largest_of_rows(const float* values, int64_t rows, int64_t columns, float* largest, int threads) {
-  constexpr int kLanes = 64;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    // As integers: they are in the order of the magnitudes, and a NaN is above infinity.
-    const float* first = values + row * columns;
-    int32_t most[kLanes] = {};
-    int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes)
-      for (int b = 0; b < kLanes; ++b)
-        most[b] = std::max(most[b], static_cast<int32_t>(as_bits(first[j + b]) & 0x7FFFFFFFu));
-    for (; j < columns; ++j) most[0] = std::max(most[0], static_cast<int32_t>(as_bits(first[j]) & 0x7FFFFFFFu));
-    largest[row] = as_float(static_cast<uint32_t>(*std::max_element(most, most + kLanes)));
-  }
-}
-
-void mbdist_encode_rows(const float* values, const float* inverse, int64_t rows, int64_t row_words, int bits,
-                        uint8_t* words, int threads) {
+void mbdist_encode_rows(const float* values, int64_t rows, int64_t row_words, int bits, float inverse_of_most,
+                        uint8_t* words, float* sizes, int threads) {
   if (bits == 8)
-    encode_rows<8>(values, inverse, rows, row_words, words, threads);
+    encode_rows<8>(values, rows, row_words, inverse_of_most, words, sizes, threads);
   else
-    encode_rows<4>(values, inverse, rows, row_words, words, threads);
+    encode_rows<4>(values, rows, row_words, inverse_of_most, words, sizes, threads);
 }
 
-void mbdist_draw_signs(const float* values, const float* inverse, int64_t rows, int64_t row_words, uint32_t key,
-                       uint32_t* words, int threads) {
+void mbdist_draw_signs(const float* values, int64_t rows, int64_t row_words, uint32_t key, uint32_t* words,
+                       float* sizes, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
+    const float inverse = inverse_of(sizes[row] = largest(values + row * row_words * kWordBits, row_words));
     for (int64_t at = row * row_words; at < (row + 1) * row_words; ++at) {
       int32_t draw[kWordBits];
       random_of_word(static_cast<uint32_t>(at) * (kWordBits / 2), key, draw);
       float below[kWordBits];
-      for (int b = 0; b < kWordBits; ++b) {
-        const float share = values[at * kWordBits + b] * inverse[row] * 16384.0f + 16383.5f;
-        below[b] = share - static_cast<float>(draw[b]);
-      }
+      for (int b = 0; b < kWordBits; ++b)
+        below[b] = values[at * kWordBits + b] * inverse * 16384.0f + 16383.5f - static_cast<float>(draw[b]);
       words[at] = negative_bits(below);
     }
   }

@@ -225,48 +225,39 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     )
 
 
-def largest_of_rows(values) -> torch.Tensor:
-    found = torch.empty(len(values))
-    accelerator().mbdist_largest_of_rows(
-        _pointer(values), *map(ctypes.c_int64, values.shape), _pointer(found), torch.get_num_threads()
-    )
-    return found
-
-
-def encode_rows(values, inverse, bits) -> torch.Tensor:
-    words = torch.empty(len(values), values.shape[1] * bits // 32, dtype=torch.int32)
+def encode_rows(values, bits, inverse_of_most) -> tuple[torch.Tensor, torch.Tensor]:
+    words, sizes = torch.empty(len(values), values.shape[1] * bits // 32, dtype=torch.int32), torch.empty(len(values))
     accelerator().mbdist_encode_rows(
-        *map(_pointer, (values, inverse)),
+        _pointer(values),
         *map(ctypes.c_int64, (len(values), values.shape[1] // 32)),
         ctypes.c_int(bits),
-        _pointer(words),
+        ctypes.c_float(inverse_of_most),
+        *map(_pointer, (words, sizes)),
         torch.get_num_threads(),
     )
-    return words
+    return words, sizes
 
 
-def draw_signs(values, inverse, key) -> torch.Tensor:
-    words = torch.empty(len(values), values.shape[1] // 32, dtype=torch.int32)
+def draw_signs(values, key) -> tuple[torch.Tensor, torch.Tensor]:
+    words, sizes = torch.empty(len(values), values.shape[1] // 32, dtype=torch.int32), torch.empty(len(values))
     accelerator().mbdist_draw_signs(
-        *map(_pointer, (values, inverse)),
+        _pointer(values),
         *map(ctypes.c_int64, words.shape),
         ctypes.c_uint32(key),
-        _pointer(words),
+        *map(_pointer, (words, sizes)),
         torch.get_num_threads(),
     )
-    return words
+    return words, sizes
 
 
-def decode_rows(words, sizes, columns, bits) -> torch.Tensor:
-    values = torch.empty(len(words), len(columns))
+def decode_rows(words, sizes, columns, bits, out) -> None:
     accelerator().mbdist_decode_rows(
         *map(_pointer, (words, sizes, columns)),
         *map(ctypes.c_int64, (len(words), len(columns) // 32)),
         ctypes.c_int(bits),
-        _pointer(values),
+        _pointer(out),
         torch.get_num_threads(),
     )
-    return values
 
 
 def find_candidates(accumulator, words, threshold) -> tuple[torch.Tensor, torch.Tensor]:

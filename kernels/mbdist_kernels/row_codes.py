@@ -35,8 +35,7 @@ def encode_rows(
     bits: int,  # 8 or 4
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(words (m, W bits) int32, sizes (m,) fp32). A row that is not finite has such a size, others do not."""
-    sizes = largest_of_rows(values) * (1.0 / _most(bits))  # a product: devices differ in division by a constant
-    return _encode_rows(values, _inverse(sizes), bits), sizes
+    return _encode_rows(values, bits)
 
 
 def draw_signs(
@@ -44,30 +43,29 @@ def draw_signs(
     key: int,  # of ``fold_key``
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(words (m, W) int32, sizes (m,) fp32) whose mean over keys is ``values``, to a resolution of 2^-15."""
-    sizes = largest_of_rows(values)
-    return _draw_signs(values, _inverse(sizes), key), sizes
+    return _draw_signs(values, key)
 
 
 def decode_rows(
     words: torch.Tensor,  # (m, W bits) int32
     sizes: torch.Tensor,  # (m,) fp32
     columns: torch.Tensor,  # (32 W,) fp32; 0 where there are no columns
+    out: torch.Tensor | None = None,  # (m, 32 W) fp32, contiguous
 ) -> torch.Tensor:
-    """code_ij * size_i * column_j: fp32 (m, 32 W). The width of the codes follows from the shapes."""
-    return _decode_rows(words, sizes, columns)
+    """code_ij * size_i * column_j in ``out``, or a new tensor. The width of the codes follows from the shapes. Raises
+    ValueError where ``out`` is not contiguous."""
+    torch._check_value(out is None or out.is_contiguous(), lambda: "decode_rows writes to contiguous memory")
+    if out is None:
+        out = torch.empty(len(words), len(columns), device=words.device)
+    _decode_rows(words, sizes, columns, out)
+    return out
 
 
-def largest_of_rows(
-    values: torch.Tensor,  # (m, E) fp32
-) -> torch.Tensor:
-    """max_j |v_ij|, or not a number where one is: (m,)."""
-    if native.serves(values):
-        return native.largest_of_rows(values.contiguous())
-    return torch.linalg.vector_norm(values, ord=torch.inf, dim=1)
-
-
-def _inverse(sizes: torch.Tensor) -> torch.Tensor:
-    return torch.where(sizes > 0, 1.0 / sizes, 0.0)
+def _sizes_and_inverse(values: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(max_j |v_ij| / most, not a number where one is; 1 / that, or 0 where it is no positive number), (m,) each. A
+    product with 1 / most: devices differ in division by a constant."""
+    sizes = torch.linalg.vector_norm(values, ord=torch.inf, dim=1) * (1.0 / most)
+    return sizes, torch.where(sizes > 0, 1.0 / sizes, 0.0)
 
 
 def _most(bits: int) -> float:
@@ -80,35 +78,43 @@ def _width(words: torch.Tensor, columns: torch.Tensor) -> int:
     return words.shape[1] * WORD_BITS // len(columns) if len(columns) else 1
 
 
+def _words_and_sizes(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for them."""
+    shape = (values.shape[0], values.shape[1] * bits // WORD_BITS)
+    return values.new_empty(shape, dtype=torch.int32), values.new_empty(values.shape[0])
+
+
 # Codes of values.
 
 
-def encode_reference(values: torch.Tensor, inverse: torch.Tensor, bits: int) -> torch.Tensor:
-    """In plain torch; ``inverse`` (m,): 1 / size, 0 where a row's size is 0 or not a number."""
+def encode_reference(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In plain torch."""
     most = _most(bits)
+    sizes, inverse = _sizes_and_inverse(values, most)
     codes = (values * inverse[:, None]).nan_to_num_(0.0).clamp_(-most, most).round_().to(torch.int8)
     if bits == 4:
         codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-    return codes.contiguous().view(torch.int32)
+    return codes.contiguous().view(torch.int32), sizes
 
 
-def encode_cpu(values: torch.Tensor, inverse: torch.Tensor, bits: int) -> torch.Tensor:
-    """By the accelerator where there is one."""
-    if native.serves(values, inverse):
-        return native.encode_rows(values.contiguous(), inverse, bits)
-    return encode_reference(values, inverse, bits)
+def encode_cpu(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the accelerator where there is one: a row is in the cache when it is read again."""
+    if native.serves(values):
+        return native.encode_rows(values.contiguous(), bits, 1.0 / _most(bits))
+    return encode_reference(values, bits)
 
 
-def encode_triton(values: torch.Tensor, inverse: torch.Tensor, bits: int) -> torch.Tensor:
+def encode_triton(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """On a GPU."""
+    sizes, inverse = _sizes_and_inverse(values, _most(bits))
     m, width = len(values), values.shape[1] * bits // WORD_BITS
     words = torch.empty(m, width, dtype=torch.int32, device=values.device)
     chosen = settings("row_codes")
     if words.numel():
         _encode_kernel[grid(m, width, chosen)](
-            values.contiguous(), inverse.contiguous(), words, m, width, BITS=bits, enable_fp_fusion=False, **chosen
+            values.contiguous(), inverse, words, m, width, BITS=bits, enable_fp_fusion=False, **chosen
         )
-    return words
+    return words, sizes
 
 
 @triton.jit
@@ -147,43 +153,41 @@ def _encode_kernel(
 
 
 _encode_rows = operation(
-    "encode_rows(Tensor values, Tensor inverse, int bits) -> Tensor",
+    "encode_rows(Tensor values, int bits) -> (Tensor, Tensor)",
     cpu=encode_cpu,
     cuda=encode_triton,
-    fake=lambda values, inverse, bits: values.new_empty(
-        values.shape[0], values.shape[1] * bits // WORD_BITS, dtype=torch.int32
-    ),
+    fake=lambda values, bits: _words_and_sizes(values, bits),
 )
 
 
 # Signs by chance.
 
 
-def draw_reference(values: torch.Tensor, inverse: torch.Tensor, key: int) -> torch.Tensor:
+def draw_reference(values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
     """In plain torch: -1 where the element's draw of 2^15 lies above the share of +1."""
+    sizes, inverse = _sizes_and_inverse(values, 1.0)
     share = values * inverse[:, None] * _HALF + (_HALF - 0.5)
     draws = random_bits(key, torch.arange(values.numel(), device=values.device)).view_as(values)
-    return pack_signs(share - draws)
+    return pack_signs(share - draws), sizes
 
 
-def draw_cpu(values: torch.Tensor, inverse: torch.Tensor, key: int) -> torch.Tensor:
+def draw_cpu(values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
     """By the accelerator where there is one."""
-    if native.serves(values, inverse):
-        return native.draw_signs(values.contiguous(), inverse, key)
-    return draw_reference(values, inverse, key)
+    return native.draw_signs(values.contiguous(), key) if native.serves(values) else draw_reference(values, key)
 
 
-def draw_triton(values: torch.Tensor, inverse: torch.Tensor, key: int) -> torch.Tensor:
+def draw_triton(values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
     """On a GPU."""
+    sizes, inverse = _sizes_and_inverse(values, 1.0)
     m, width = len(values), values.shape[1] // WORD_BITS
     words = torch.empty(m, width, dtype=torch.int32, device=values.device)
     chosen = settings("row_codes")
     if words.numel():
         signed_key = key - (1 << 32) * (key >> 31)  # one type of argument for all keys
         _draw_kernel[grid(m, width, chosen)](
-            values.contiguous(), inverse.contiguous(), words, signed_key, m, width, enable_fp_fusion=False, **chosen
+            values.contiguous(), inverse, words, signed_key, m, width, enable_fp_fusion=False, **chosen
         )
-    return words
+    return words, sizes
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -207,19 +211,17 @@ def _draw_kernel(
 
 
 _draw_signs = operation(
-    "draw_signs(Tensor values, Tensor inverse, int key) -> Tensor",
+    "draw_signs(Tensor values, int key) -> (Tensor, Tensor)",
     cpu=draw_cpu,
     cuda=draw_triton,
-    fake=lambda values, inverse, key: values.new_empty(
-        values.shape[0], values.shape[1] // WORD_BITS, dtype=torch.int32
-    ),
+    fake=lambda values, key: _words_and_sizes(values, 1),
 )
 
 
 # Values of codes.
 
 
-def decode_reference(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def decode_reference(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
     """In plain torch."""
     match _width(words, columns):
         case 1:
@@ -229,34 +231,33 @@ def decode_reference(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Te
             codes = torch.stack([(pairs << 4) >> 4, pairs >> 4], dim=2).flatten(1)
         case _:
             codes = words.contiguous().view(torch.int8)
-    return codes * sizes[:, None] * columns
+    torch.mul(codes, sizes[:, None], out=out).mul_(columns)
 
 
-def decode_cpu(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def decode_cpu(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
     """By the accelerator where there is one."""
-    if native.serves(sizes, columns):
-        return native.decode_rows(words.contiguous(), sizes, columns, _width(words, columns))
-    return decode_reference(words, sizes, columns)
+    if native.serves(sizes, columns, out):
+        native.decode_rows(words.contiguous(), sizes, columns, _width(words, columns), out)
+    else:
+        decode_reference(words, sizes, columns, out)
 
 
-def decode_triton(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def decode_triton(words: torch.Tensor, sizes: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
     """On a GPU."""
     m, width = words.shape
-    values = torch.empty(m, len(columns), device=words.device)
     chosen = settings("row_codes")
-    if values.numel():
+    if out.numel():
         _decode_kernel[grid(m, width, chosen)](
             words.contiguous(),
             sizes.contiguous(),
             columns.contiguous(),
-            values,
+            out,
             m,
             width,
             BITS=_width(words, columns),
             enable_fp_fusion=False,
             **chosen,
         )
-    return values
 
 
 @triton.jit
@@ -285,8 +286,8 @@ def _decode_kernel(
 
 
 _decode_rows = operation(
-    "decode_rows(Tensor words, Tensor sizes, Tensor columns) -> Tensor",
+    "decode_rows(Tensor words, Tensor sizes, Tensor columns, Tensor(a!) out) -> ()",
     cpu=decode_cpu,
     cuda=decode_triton,
-    fake=lambda words, sizes, columns: sizes.new_empty(words.shape[0], columns.shape[0]),
+    fake=lambda words, sizes, columns, out: None,
 )

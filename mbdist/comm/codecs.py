@@ -31,6 +31,7 @@ from mbdist_kernels import (
     draw_signs,
     encode_rows,
     pack_signs,
+    reused_scratch,
     words_per_row,
 )
 
@@ -127,7 +128,7 @@ class SignalCodec(Protocol):
         rank: int,  # of the owner
         columns: torch.Tensor,  # (32 W,) fp32: multiplied in; 0 for padding
     ) -> torch.Tensor:
-        """The rank's segment of the signal: fp32 (32 P,)."""
+        """The rank's segment of the signal: fp32 (32 P,), valid until the next call in this thread."""
 
 
 def _dense(segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
@@ -213,7 +214,9 @@ class _RowCodec:
 
     def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         codes, scales = message.split([message.numel() - segments.rows_touched, segments.rows_touched])
-        values = decode_rows(segments.in_whole_rows(codes, rank), scales.view(torch.float32), columns)
+        shape = (segments.rows_touched, len(columns))
+        out = reused_scratch(math.prod(shape), torch.float32, message.device).view(shape)
+        values = decode_rows(segments.in_whole_rows(codes, rank), scales.view(torch.float32), columns, out)
         return segments.out_of_whole_rows(values, rank)
 
 

@@ -18,7 +18,7 @@ from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments
-from mbdist.engine.zero3 import PartitionedPlanes, keep_between_steps, keep_resident
+from mbdist.engine.zero3 import PartitionedPlanes, gather_by_blocks, keep_between_steps, keep_resident
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
@@ -35,6 +35,7 @@ class Engine:
         self._comm = config.comm
         if self.zero_stage == 3:
             keep_resident(student, self._resident(student, boolean))
+            gather_by_blocks(student)
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
         self._floats = floats = config.floats
         self.optimizer = SkippableAdamW(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from mbdist.comm.communicator import Communicator
@@ -25,6 +27,15 @@ def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             if id(parameter) in buffers:
                 delattr(module, name)
                 module.register_buffer(name, buffers[id(parameter)])
+
+
+def gather_by_blocks(model: nn.Module) -> None:
+    """Let ZeRO gather, and reduce, what a numbered block has together: the messages of single packed layers are small
+    and many. The first block stays as it is: where its inputs want no gradient, DeepSpeed would reduce the gradients of
+    a whole block before they are there."""
+    for name, module in model.named_modules():
+        if re.fullmatch(r"\D*\.\d+", name) and not name.endswith(".0"):
+            set_z3_leaf_module(module, True)
 
 
 def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -37,13 +37,14 @@ def larger_cases():
     yield "candidate_mask", (accumulator, random_words(20_000), 64)
     values = torch.randn(33, 2112) * 10 ** torch.randn(33, 1)
     values[7, 9], values[8, 10], values[9] = torch.nan, torch.inf, 0.0
-    sizes = values.abs().amax(1)
-    inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
     for bits in (8, 4):
-        yield "encode_rows", (values, inverse * (2 ** (bits - 1) - 1), bits)
-        yield "decode_rows", (random_words(33, 66 * bits), sizes, torch.randn(2112))
-    yield "draw_signs", (values, inverse, 2**32 - 5)
-    yield "decode_rows", (random_words(33, 66), sizes, torch.randn(2112))
+        yield "encode_rows", (values, bits)
+    yield "draw_signs", (values, 2**32 - 5)
+    for bits in (8, 4, 1):
+        yield (
+            "decode_rows",
+            (random_words(33, 66 * bits), values[:, 9].clone(), torch.randn(2112), torch.empty(33, 2112)),
+        )
     yield "vote", (random_words(8, 20_001),)
     yield "popcount", (random_words(20_001),)
 
@@ -58,7 +59,7 @@ def test_operation(name, arguments):
         given = [_copy(argument, device) for argument in arguments]
         with kernels_on_cpu() if results is found and device == "cpu" else nullcontext():
             result = operation(*given)
-        changed = given if result is None else [result]
+        changed = given if result is None else result if isinstance(result, tuple) else [result]
         results += [t.cpu() for part in changed for t in (part if isinstance(part, list) else [part]) if _is_tensor(t)]
     for a, b in zip(found, expected, strict=True):
         if name in SUMS and a.is_floating_point():
