@@ -103,4 +103,4 @@ def test_flat_and_nodes_of_one_are_the_same_messages():
     columns = SplitColumns.of(torch.ones(70), None).owners
     flat.send("whole", signal, segments, columns, 0)
     message = CODECS["int8"].encode_segment(values_of(0, shape).flatten(), segments, 0, 0)
-    assert torch.equal(got["whole"], CODECS["int8"].decode(message, segments, 0, columns))
+    assert torch.equal(got["whole"][0], CODECS["int8"].decode(message, segments, 0, columns))
