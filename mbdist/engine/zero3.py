@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
@@ -38,13 +39,20 @@ def gather_by_blocks(model: nn.Module) -> None:
             set_z3_leaf_module(module, True)
 
 
-def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Gather small trained floats, scales above all, once a step and not in every pass: what DeepSpeed calls
-    persistent. Planes must not be: a gathered copy would not see the flips in its partitions."""
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad and parameter.ds_numel <= _SMALL:
-            parameter.ds_persist = True
-            engine.optimizer.persistent_parameters.append(parameter)
+def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> list[nn.Parameter]:
+    """Let small trained floats, scales above all, stay whole from one step to the next; they are returned. (DeepSpeed
+    calls that persistent.) Planes must not be: a gathered copy would not see the flips in its partitions."""
+    kept = [p for p in engine.module.parameters() if p.requires_grad and p.ds_numel <= _SMALL]
+    for parameter in kept:
+        parameter.ds_persist = True
+    return kept
+
+
+def gather_after_step(kept: list[nn.Parameter]) -> None:
+    """Gather in one message what the optimizer has changed; DeepSpeed would send one a parameter."""
+    changed = [p for p in kept if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    if changed:
+        changed[0].all_gather_coalesced(changed).wait()
 
 
 def _is_partitioned(plane: torch.Tensor) -> bool:
