@@ -38,8 +38,9 @@ from mbdist_kernels.nearest_levels import nearest_levels, signs_of_codes
 from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.popcount import popcount, popcount_by_block
 from mbdist_kernels.random import fold_key, random_bits
-from mbdist_kernels.row_codes import decode_rows, encode_rows
-from mbdist_kernels.signal_codec import signal_accumulate, signal_decode, signal_encode, signal_encode_unbiased
+from mbdist_kernels.row_codes import decode_rows, draw_signs, encode_rows
+from mbdist_kernels.scratch import reused_scratch
+from mbdist_kernels.signal_codec import signal_accumulate, signal_encode
 from mbdist_kernels.unpack import bits_at, unpack_bits, unpack_signs
 from mbdist_kernels.vote import vote
 from mbdist_kernels.xor_apply import xor_apply
@@ -60,6 +61,7 @@ __all__ = [
     "column_square_sums",
     "decode_rows",
     "dequantize",
+    "draw_signs",
     "draw_tickets",
     "encode_rows",
     "feed_errors_forward",
@@ -78,12 +80,11 @@ __all__ = [
     "popcount",
     "popcount_by_block",
     "random_bits",
+    "reused_scratch",
     "scale_gradients_and_signals",
     "set_accumulated",
     "signal_accumulate",
-    "signal_decode",
     "signal_encode",
-    "signal_encode_unbiased",
     "signs_of_codes",
     "unpack_bits",
     "unpack_signs",

@@ -29,6 +29,7 @@ _RULES = {
     "candidate_mask": {"BLOCK_WORDS": 64, "num_warps": 4},
     "flip_apply_sparse": {"BLOCK": 1024, "num_warps": 4},
     "signal_accumulate": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 16, "num_warps": 4},
+    "row_codes": {"BLOCK_ROWS": 4, "BLOCK_WORDS": 32, "num_warps": 4},
     "dequantize": {"BLOCK_ROWS": 16, "BLOCK_WORDS": 16, "num_warps": 4},
     "linear_backward": {"BLOCK_ROWS": 64, "BLOCK_WORDS": 4, "num_warps": 4},
     "linear_decode": {"BLOCK_ROWS": 64, "BLOCKS_AT_A_TIME": 4, "SPLIT": 1, "num_warps": 4, "num_stages": 6},

@@ -346,6 +346,87 @@ inline uint32_t lowbias32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+// The draws of 32 elements in a row, the first of even number ``2 pair``; see random.py.
+inline void random_of_word(uint32_t pair, uint32_t key, int32_t* draws) {
+  for (int h = 0; h < kWordBits / 2; ++h) {
+    const uint32_t mixed = lowbias32((pair + h) * 0x9E3779B9u + key);
+    draws[2 * h] = static_cast<int32_t>(mixed & 0x7FFFu);
+    draws[2 * h + 1] = static_cast<int32_t>(mixed >> 17);
+  }
+}
+
+// To nearest even by the magic number 1.5 * 2^23: for |value| < 2^22, and it vectorises everywhere.
+inline int32_t rounded(float value) { return static_cast<int32_t>((value + 12582912.0f) - 12582912.0f); }
+
+inline float clamped(float value, float limit) {  // 0 for a NaN
+  value = value == value ? value : 0.0f;
+  return std::min(std::max(value, -limit), limit);
+}
+
+// The largest magnitude of a row. Magnitudes compare as integers do, and a NaN is above infinity.
+inline float largest(const float* row, int64_t row_words) {
+  int32_t most[kWordBits] = {};
+  for (int64_t w = 0; w < row_words; ++w)
+    for (int b = 0; b < kWordBits; ++b)
+      most[b] = std::max(most[b], static_cast<int32_t>(as_bits(row[w * kWordBits + b]) & 0x7FFFFFFFu));
+  return as_float(static_cast<uint32_t>(*std::max_element(most, most + kWordBits)));
+}
+
+inline float inverse_of(float size) { return size > 0.0f ? 1.0f / size : 0.0f; }
+
+template <int Bits>
+void encode_rows(const float* values, int64_t rows, int64_t row_words, float inverse_of_most, uint8_t* words,
+                 float* sizes, int threads) {
+  constexpr float most = (1 << (Bits - 1)) - 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const float inverse =
+        inverse_of(sizes[row] = largest(values + row * row_words * kWordBits, row_words) * inverse_of_most);
+    for (int64_t at = row * row_words; at < (row + 1) * row_words; ++at) {
+      int32_t codes[kWordBits];
+      for (int b = 0; b < kWordBits; ++b) codes[b] = rounded(clamped(values[at * kWordBits + b] * inverse, most));
+      uint8_t* target = words + at * 4 * Bits;
+      if constexpr (Bits == 8) {
+        for (int b = 0; b < kWordBits; ++b) target[b] = static_cast<uint8_t>(codes[b]);
+      } else {
+        uint64_t pairs[kWordBits / 2];
+        std::memcpy(pairs, codes, sizeof pairs);
+        for (int b = 0; b < kWordBits / 2; ++b)
+          target[b] = static_cast<uint8_t>((pairs[b] & 15u) | ((pairs[b] >> 28) & 0xF0u));
+      }
+    }
+  }
+}
+
+template <int Bits>
+void decode_rows(const uint8_t* words, const float* sizes, const float* columns, int64_t rows, int64_t row_words,
+                 float* values, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t w = 0; w < row_words; ++w) {
+      const uint8_t* source = words + (row * row_words + w) * 4 * Bits;
+      const float* column = columns + w * kWordBits;
+      float* target = values + (row * row_words + w) * kWordBits;
+      if constexpr (Bits == 1) {
+        uint32_t word;
+        std::memcpy(&word, source, 4);
+        for (int b = 0; b < kWordBits; ++b)
+          target[b] = as_float(as_bits(sizes[row] * column[b]) ^ sign_mask(word, b));
+      } else {
+        int32_t codes[kWordBits];
+        if constexpr (Bits == 8) {
+          for (int b = 0; b < kWordBits; ++b) codes[b] = static_cast<int8_t>(source[b]);
+        } else {
+          uint32_t word[4];
+          std::memcpy(word, source, sizeof word);
+          for (int b = 0; b < kWordBits; ++b) codes[b] = static_cast<int32_t>(word[b / 8] << (28 - 4 * (b % 8))) >> 28;
+        }
+        for (int b = 0; b < kWordBits; ++b) target[b] = static_cast<float>(codes[b]) * sizes[row] * column[b];
+      }
+    }
+  }
+}
+
 // The accumulators of the 32 weights of a word: a byte each, or two in a byte (see accumulator.py).
 template <bool pairs>
 inline void load_values(const uint8_t* stored, int64_t word, int8_t* values) {
@@ -389,17 +470,9 @@ void accumulate_signal(uint8_t* accumulator, const float* signals, int64_t contr
       const float* signal = signals + c * elements + start;
       const uint32_t pair = static_cast<uint32_t>((first_element + start) / 2);
       int32_t random[kWordBits];
-      for (int h = 0; h < kWordBits / 2; ++h) {
-        const uint32_t mixed = lowbias32((pair + h) * 0x9E3779B9u + keys[c]);
-        random[2 * h] = static_cast<int32_t>(mixed & 0x7FFFu);
-        random[2 * h + 1] = static_cast<int32_t>(mixed >> 17);
-      }
+      random_of_word(pair, keys[c], random);
       for (int b = 0; b < kWordBits; ++b) {
-        float wanted = signal[b] * unit;
-        wanted = wanted == wanted ? wanted : 0.0f;
-        wanted = std::min(std::max(wanted, -limit), limit);
-        // Round to nearest even by the magic number 1.5 * 2^23: |wanted| < 2^22, and it vectorises everywhere.
-        const int32_t whole = static_cast<int32_t>((wanted + 12582912.0f) - 12582912.0f);
+        const int32_t whole = rounded(clamped(signal[b] * unit, limit));
         const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
         state[b] = std::min(std::max(moved, -bound), bound);
       }
@@ -499,23 +572,38 @@ void mbdist_feed_errors_forward(float* columns, int64_t rows, int64_t width, con
   });
 }
 
-void mbdist_decode_signs(const int32_t* words, const float* magnitudes, const float* columns, int64_t rows,
-                         int64_t row_words, float* values, int threads) {
+void mbdist_encode_rows(const float* values, int64_t rows, int64_t row_words, int bits, float inverse_of_most,
+                        uint8_t* words, float* sizes, int threads) {
+  if (bits == 8)
+    encode_rows<8>(values, rows, row_words, inverse_of_most, words, sizes, threads);
+  else
+    encode_rows<4>(values, rows, row_words, inverse_of_most, words, sizes, threads);
+}
+
+void mbdist_draw_signs(const float* values, int64_t rows, int64_t row_words, uint32_t key, uint32_t* words,
+                       float* sizes, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t w = 0; w < row_words; ++w) {
-      const uint32_t word = static_cast<uint32_t>(words[row * row_words + w]);
-      const float* column = columns + w * kWordBits;
-      float* target = values + (row * row_words + w) * kWordBits;
-      for (int b = 0; b < kWordBits; ++b) {
-        const float size = magnitudes[row] * column[b];
-        uint32_t bits;
-        std::memcpy(&bits, &size, sizeof bits);
-        bits ^= (word >> b & 1u) << 31;
-        std::memcpy(target + b, &bits, sizeof bits);
-      }
+    const float inverse = inverse_of(sizes[row] = largest(values + row * row_words * kWordBits, row_words));
+    for (int64_t at = row * row_words; at < (row + 1) * row_words; ++at) {
+      int32_t draw[kWordBits];
+      random_of_word(static_cast<uint32_t>(at) * (kWordBits / 2), key, draw);
+      float below[kWordBits];
+      for (int b = 0; b < kWordBits; ++b)
+        below[b] = values[at * kWordBits + b] * inverse * 16384.0f + 16383.5f - static_cast<float>(draw[b]);
+      words[at] = negative_bits(below);
     }
   }
+}
+
+void mbdist_decode_rows(const uint8_t* words, const float* sizes, const float* columns, int64_t rows,
+                        int64_t row_words, int bits, float* values, int threads) {
+  if (bits == 8)
+    decode_rows<8>(words, sizes, columns, rows, row_words, values, threads);
+  else if (bits == 4)
+    decode_rows<4>(words, sizes, columns, rows, row_words, values, threads);
+  else
+    decode_rows<1>(words, sizes, columns, rows, row_words, values, threads);
 }
 
 void mbdist_find_candidates(const uint8_t* accumulator, int in_pairs, const int32_t* words, int64_t num_words,

@@ -233,16 +233,39 @@ def accumulate_signal(accumulator, signals, beta_q15, limit_q, keys, first_eleme
     )
 
 
-def decode_signs(words, magnitudes, columns) -> torch.Tensor:
-    rows, row_words = words.shape
-    values = torch.empty(rows, row_words * 32)
-    accelerator().mbdist_decode_signs(
-        *map(_pointer, (words, magnitudes, columns)),
-        *map(ctypes.c_int64, (rows, row_words)),
+def encode_rows(values, bits, inverse_of_most) -> tuple[torch.Tensor, torch.Tensor]:
+    words, sizes = torch.empty(len(values), values.shape[1] * bits // 32, dtype=torch.int32), torch.empty(len(values))
+    accelerator().mbdist_encode_rows(
         _pointer(values),
+        *map(ctypes.c_int64, (len(values), values.shape[1] // 32)),
+        ctypes.c_int(bits),
+        ctypes.c_float(inverse_of_most),
+        *map(_pointer, (words, sizes)),
         torch.get_num_threads(),
     )
-    return values
+    return words, sizes
+
+
+def draw_signs(values, key) -> tuple[torch.Tensor, torch.Tensor]:
+    words, sizes = torch.empty(len(values), values.shape[1] // 32, dtype=torch.int32), torch.empty(len(values))
+    accelerator().mbdist_draw_signs(
+        _pointer(values),
+        *map(ctypes.c_int64, words.shape),
+        ctypes.c_uint32(key),
+        *map(_pointer, (words, sizes)),
+        torch.get_num_threads(),
+    )
+    return words, sizes
+
+
+def decode_rows(words, sizes, columns, bits, out) -> None:
+    accelerator().mbdist_decode_rows(
+        *map(_pointer, (words, sizes, columns)),
+        *map(ctypes.c_int64, (len(words), len(columns) // 32)),
+        ctypes.c_int(bits),
+        _pointer(out),
+        torch.get_num_threads(),
+    )
 
 
 def find_candidates(accumulator, words, threshold) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,11 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels import native
 from mbdist_kernels.bits import block_of_plane, signed
 from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.pack import pack_signs
-from mbdist_kernels.random import random_bits
 from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_signs, unpack_signs_reference
 
@@ -28,32 +26,6 @@ def signal_encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(words (m, W) int32, magnitudes (m,) fp32). A row that is not finite has such a magnitude, others do not."""
     return pack_signs(signal), signal.abs().mean(1)
-
-
-def signal_encode_unbiased(
-    signal: torch.Tensor,  # (m, 32 W) fp32, padding columns 0
-    key: int,  # of ``fold_key``
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(words (m, W) int32, magnitudes (m,) fp32) whose mean over keys is the signal: the magnitude is the row's largest
-    absolute value M, and v is written as +M with probability (1 + v / M) / 2, to a resolution of 2^-15. Plain torch."""
-    magnitudes = torch.linalg.vector_norm(signal, ord=torch.inf, dim=1)
-    inverse = torch.where(magnitudes > 0, 1.0 / magnitudes, 0.0)
-    positive = signal * inverse[:, None] * 2.0**14 + 2.0**14  # of 2^15 draws
-    draws = random_bits(key, torch.arange(signal.numel(), device=signal.device)).view_as(signal)
-    return pack_signs(positive - 0.5 - draws), magnitudes
-
-
-def signal_decode(
-    words: torch.Tensor,  # (m, W) int32
-    magnitudes: torch.Tensor,  # (m,) fp32
-    columns: torch.Tensor,  # (32 W,) fp32: multiplied in; 0 where there are no columns
-) -> torch.Tensor:
-    """magnitude_i * column_j * B_ij: fp32 (m, 32 W)."""
-    if native.serves(magnitudes, columns):
-        return native.decode_signs(words.contiguous(), magnitudes.contiguous(), columns.contiguous())
-    values = torch.zeros(len(words), len(columns), device=words.device)
-    signal_accumulate(values, words[None], magnitudes[None])
-    return values.mul_(columns)
 
 
 def signal_accumulate(

@@ -2,7 +2,8 @@
 
 Ranks are processes in network namespaces of their own, so the kernel counts what each sends and a token bucket holds
 its uplink to a rate. Both kinds train the linear layers and what ``floats.also_train`` names, on the same batches,
-without a teacher (it sends nothing); frozen floats are whole on every rank in both.
+without a teacher (it sends nothing); frozen floats are whole on every rank in both. With ``everything`` trained the
+traffic of embeddings and head comes on top, dense on both sides.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ def bench_comm(
     codecs: list[str],
     rates: list[int],  # Mbit/s; 0 for no limit
     json_file: Path | None,
+    everything: bool = False,
 ) -> dict:
-    """Bytes for every number of ranks, stage and codec; seconds of the config's codec on two ranks for every rate.
-    Prints tables, writes ``json_file`` after every part where given, returns its content."""
+    """Bytes for every number of ranks, stage and codec; with the fewest ranks and the config's codec seconds for every
+    rate, and the bytes with ``everything`` trained. Prints tables, writes ``json_file`` after every part where given,
+    returns its content."""
     console = Console()
     rates = [0, *(mbit for mbit in rates if mbit)]  # what the others are compared with
-    measured = list(dict.fromkeys([*codecs, config.comm.codec]))
+    codec = config.comm.codec
+    measured = list(dict.fromkeys([*codecs, codec]))
     result: dict[str, list[dict]] = {"bytes": [], "time": []}
     with tempfile.TemporaryDirectory() as scratch:
         base = config.model_copy(update={"run_dir": scratch})
@@ -64,11 +68,16 @@ def bench_comm(
                     for resident in ("none", "frozen") if stage == 3 else ("none",):
                         run = _on(base, count, stage, resident)
                         ours = _run("boolean", run, hosts, slow if resident == "none" else [0], measured)
-                        result["bytes"] += _bytes_rows(count, stage, resident, codecs, ours, dense)
+                        result["bytes"] += _bytes_rows(count, stage, resident, "linear", codecs, ours, dense)
                         if resident == "none" and count == min(ranks):
-                            result["time"] += _time_rows(stage, config.comm.codec, slow, ours, dense)
-                        if json_file is not None:
-                            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                            result["time"] += _time_rows(stage, codec, slow, ours, dense)
+                    if everything and count == min(ranks):
+                        run = changed_config(_on(base, count, stage), {"floats.also_train": ["*"]})
+                        dense = _run("dense", run, hosts, [0], ["fp32"])
+                        ours = _run("boolean", run, hosts, [0], [codec])
+                        result["bytes"] += _bytes_rows(count, stage, "none", "everything", [codec], ours, dense)
+                    if json_file is not None:
+                        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print(_table("Bytes that a rank sends in a step", result["bytes"]))
     console.print(_table(f"Seconds of a step, {min(ranks)} ranks", result["time"]))
     return result
@@ -156,7 +165,9 @@ def _mean(of_ranks: list[dict]) -> dict:
     }
 
 
-def _bytes_rows(ranks: int, stage: int, resident: str, codecs: list[str], ours: dict, dense: dict) -> list[dict]:
+def _bytes_rows(
+    ranks: int, stage: int, resident: str, trained: str, codecs: list[str], ours: dict, dense: dict
+) -> list[dict]:
     dense_bytes = dense["fp32"]["bytes"]
     return [
         {
@@ -164,6 +175,7 @@ def _bytes_rows(ranks: int, stage: int, resident: str, codecs: list[str], ours: 
             "stage": stage,
             "codec": codec,
             "resident": resident,
+            "trained": trained,
             "ours_bytes": round(ours[codec]["bytes"]),
             "dense_bytes": round(dense_bytes),
             "ratio": round(dense_bytes / ours[codec]["bytes"], 2),

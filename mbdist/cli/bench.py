@@ -87,6 +87,9 @@ def comm(
     mbit: Annotated[
         list[int] | None, typer.Option(min=0, help="Rates of the links; 0: no limit. Default: 0 1000 100 10.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Bytes with embeddings and head trained on both sides too.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Bytes and seconds of a step on slow links against DeepSpeed's dense bf16 step. Needs root (network namespaces).
@@ -102,7 +105,8 @@ def comm(
         if name not in CODECS:
             raise UserError(f"--codec {name}: there is {', '.join(CODECS)}")
     loaded = load_config(config, overrides or [])
-    bench_comm(loaded, ranks or [2, 4], stage or [2, 3], codec or list(CODECS), mbit or [0, 1000, 100, 10], json_file)
+    rates = mbit or [0, 1000, 100, 10]
+    bench_comm(loaded, ranks or [2, 4], stage or [2, 3], codec or list(CODECS), rates, json_file, everything)
 
 
 @app.command()

@@ -28,10 +28,10 @@ from mbdist_kernels import (
     WORD_BITS,
     Signal,
     decode_rows,
+    draw_signs,
     encode_rows,
     pack_signs,
-    signal_decode,
-    signal_encode_unbiased,
+    reused_scratch,
     words_per_row,
 )
 
@@ -128,7 +128,7 @@ class SignalCodec(Protocol):
         rank: int,  # of the owner
         columns: torch.Tensor,  # (32 W,) fp32: multiplied in; 0 for padding
     ) -> torch.Tensor:
-        """The rank's segment of the signal: fp32 (32 P,)."""
+        """The rank's segment of the signal: fp32 (32 P,), valid until the next call in this thread."""
 
 
 def _dense(segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
@@ -212,10 +212,12 @@ class _RowCodec:
     ) -> torch.Tensor:
         return torch.cat([segments.out_of_whole_rows(codes, rank), scales.view(torch.int32)])
 
-    def _parts(self, message: torch.Tensor, segments: Segments, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes in whole rows, scales (rows touched,))."""
+    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
         codes, scales = message.split([message.numel() - segments.rows_touched, segments.rows_touched])
-        return segments.in_whole_rows(codes, rank), scales.view(torch.float32)
+        shape = (segments.rows_touched, len(columns))
+        out = reused_scratch(math.prod(shape), torch.float32, message.device).view(shape)
+        values = decode_rows(segments.in_whole_rows(codes, rank), scales.view(torch.float32), columns, out)
+        return segments.out_of_whole_rows(values, rank)
 
 
 @dataclass(frozen=True)
@@ -227,23 +229,11 @@ class IntegerCodec(_RowCodec):
     def _codes(self, values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         return encode_rows(values, self.bits)
 
-    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
-        values = decode_rows(*self._parts(message, segments, rank), self.bits)
-        return segments.out_of_whole_rows(values.mul_(columns), rank)
 
-
-class _Signs(_RowCodec):
-    """1 bit a weight."""
-
-    bits = 1
-
-    def decode(self, message: torch.Tensor, segments: Segments, rank: int, columns: torch.Tensor) -> torch.Tensor:
-        return segments.out_of_whole_rows(signal_decode(*self._parts(message, segments, rank), columns), rank)
-
-
-class SignCodec(_Signs):
+class SignCodec(_RowCodec):
     """The backward pass writes the words itself: no value of the signal is ever in memory."""
 
+    bits = 1
     deviation = math.sqrt(2 / math.pi)  # all values at their mean magnitude
 
     def wanted(self, segments: Segments, row_factor: torch.Tensor, column_factor: torch.Tensor) -> Signal:
@@ -261,11 +251,13 @@ class SignCodec(_Signs):
         return self._segment_message(pack_signs(rows), magnitudes, segments, rank)
 
 
-class UnbiasedSignCodec(_Signs):
+class UnbiasedSignCodec(_RowCodec):
     """Right in the mean, and noisier."""
 
+    bits = 1
+
     def _codes(self, values: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return signal_encode_unbiased(values, key)
+        return draw_signs(values, key)
 
 
 CODECS: dict[str, SignalCodec] = {

@@ -59,14 +59,12 @@ class Communicator:
     def all_to_all(
         self,
         send: torch.Tensor,  # (R, L): row r goes to rank r
+        receive: torch.Tensor,  # (R, L): row r will be from rank r
         phase: str,
-    ) -> tuple[torch.Tensor, dist.Work | None]:
-        """Start the exchange; (received (R, L), row r from rank r; handle to wait on, None if done)."""
-        if self.world_size == 1:
-            return send, None
+    ) -> dist.Work | None:
+        """Start the exchange, on two ranks or more; the handle to wait on, None if done."""
         self._count(phase, send.nbytes * (self.world_size - 1) // self.world_size)
-        received = torch.empty_like(send)
-        return received, dist.all_to_all_single(received, send, group=self.group, async_op=True)
+        return dist.all_to_all_single(receive, send, group=self.group, async_op=True)
 
     def all_reduce_sum(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         """Sum over ranks, in place."""

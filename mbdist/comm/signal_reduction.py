@@ -21,7 +21,7 @@ from mbdist.comm.signal_exchange import SignalExchange
 from mbdist_kernels import Signal, fold_key
 
 Item = TypeVar("Item")
-# Takes the contributions to this rank's segment, each fp32 (32 P,), in their order.
+# Takes the contributions to this rank's segment, each fp32 (32 P,), in their order; one is valid until the next.
 Deliver = Callable[[Item, Iterable[torch.Tensor]], None]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import deepspeed
 import torch
-from deepspeed.comm.comm import comms_logger
+from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
 from mbdist.checkpoint import Checkpoint, Piece
@@ -18,7 +18,7 @@ from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments
-from mbdist.engine.zero3 import PartitionedPlanes, keep_between_steps
+from mbdist.engine.zero3 import PartitionedPlanes, gather_after_step, gather_by_blocks, keep_between_steps
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
@@ -40,6 +40,8 @@ class Engine:
         self.zero_stage = config.cluster.zero_stage
         self.communicator = communicator
         self._comm = config.comm
+        if self.zero_stage == 3:
+            gather_by_blocks(student)
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
         self._floats = floats = config.floats
         self.optimizer = SkippableAdamW(
@@ -61,8 +63,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )
-        if self.zero_stage == 3:
-            keep_between_steps(self.engine)
+        self._kept = keep_between_steps(self.engine) if self.zero_stage == 3 else []
         self.zero_settings = settings["zero_optimization"]
         boolean.store = self._plane_store(boolean)
 
@@ -97,6 +98,7 @@ class Engine:
         """To be called after every backward; at an accumulation boundary it updates the floats, if ``apply``."""
         self.optimizer.skip = not apply
         self.engine.step()
+        gather_after_step(self._kept)
 
     def float_state_bytes(self) -> int:
         """Bytes of the trained floats, masters and moments that this rank keeps between steps."""
@@ -117,6 +119,8 @@ class Engine:
             total = sum(size * record[0] for size, record in sizes.items())
             sent[f"deepspeed_{operation}"] += round(total * a_message.get(operation, 1.0))
         comms_logger.reset_data()
+        for timer in timers.get_timers().values():  # each of its messages adds up the times of all before
+            timer.reset()
         return sent
 
     def _saved_tensors(self) -> dict[str, torch.Tensor]:

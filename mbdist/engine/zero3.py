@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from mbdist.comm.communicator import Communicator
@@ -26,13 +29,29 @@ def keep_resident(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
                 module.register_buffer(name, buffers[id(parameter)])
 
 
-def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Gather small trained floats, scales above all, once a step and not in every pass: what DeepSpeed calls
-    persistent. Planes must not be: a gathered copy would not see the flips in its partitions."""
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad and parameter.ds_numel <= SMALL_FLOATS:
-            parameter.ds_persist = True
-            engine.optimizer.persistent_parameters.append(parameter)
+def gather_by_blocks(model: nn.Module) -> None:
+    """Let ZeRO gather, and reduce, what a numbered block has together: the messages of single packed layers are small
+    and many. The first block stays as it is: where its inputs want no gradient, DeepSpeed would reduce the gradients of
+    a whole block before they are there."""
+    for name, module in model.named_modules():
+        if re.fullmatch(r"\D*\.\d+", name) and not name.endswith(".0"):
+            set_z3_leaf_module(module, True)
+
+
+def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> list[nn.Parameter]:
+    """Let small trained floats, scales above all, stay whole from one step to the next; they are returned. (DeepSpeed
+    calls that persistent.) Planes must not be: a gathered copy would not see the flips in its partitions."""
+    kept = [p for p in engine.module.parameters() if p.requires_grad and p.ds_numel <= SMALL_FLOATS]
+    for parameter in kept:
+        parameter.ds_persist = True
+    return kept
+
+
+def gather_after_step(kept: list[nn.Parameter]) -> None:
+    """Gather in one message what the optimizer has changed; DeepSpeed would send one a parameter."""
+    changed = [p for p in kept if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    if changed:
+        changed[0].all_gather_coalesced(changed).wait()
 
 
 def _is_partitioned(plane: torch.Tensor) -> bool:

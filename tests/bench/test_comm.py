@@ -26,9 +26,12 @@ def test_bytes_are_those_of_the_interface_and_slow_links_are_slow(tmp_path):
     model = models.save_small_model(tmp_path / "model")
     overrides = [f"model.path={model}", "model.gguf_file=null", "data.window=32", f"data.cache_dir={tmp_path}/cache"]
     config = load_config("configs/comm.yaml", overrides)
-    result = bench_comm(config, [2], [2], ["fp32", "sign"], [0, 1], tmp_path / "comm.json")
+    result = bench_comm(config, [2], [2], ["fp32", "sign"], [0, 1], tmp_path / "comm.json", everything=True)
     assert json.loads((tmp_path / "comm.json").read_text()) == result
-    whole, signs = result["bytes"]
+    whole, signs, everything = result["bytes"]
+    assert [row["trained"] for row in result["bytes"]] == ["linear", "linear", "everything"]
+    assert everything["ours_bytes"] > signs["ours_bytes"] and everything["dense_bytes"] > signs["dense_bytes"]
+    assert everything["ratio"] < signs["ratio"], "embeddings cost both sides the same"
     assert whole["ours_bytes"] - signs["ours_bytes"] > 0.9 * (whole["counted"]["signal"] - signs["counted"]["signal"])
     for row in result["bytes"]:
         counted = sum(row["counted"].values())

@@ -38,7 +38,7 @@ def through(codec_name, values, shape, world_size, columns=None, key=5):
     assert messages.shape == (world_size, codec.message_words(segments)) and messages.dtype == torch.int32
     if columns is None:
         columns = SplitColumns.of(torch.ones(n), None).owners
-    parts = [codec.decode(message, segments, rank, columns) for rank, message in enumerate(messages)]
+    parts = [codec.decode(message, segments, rank, columns).clone() for rank, message in enumerate(messages)]
     assert all(len(part) == segments.partition.elements_per_rank for part in parts)
     whole = torch.cat(parts)
     assert not whole[values.numel() :].any(), "padding after the last row carries nothing"

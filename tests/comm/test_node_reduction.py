@@ -33,7 +33,7 @@ def _main():
                 CODECS[codec],
                 bucket,
                 2,
-                lambda item, parts, got=got: got.update({item: [*parts]}),
+                lambda item, parts, got=got: got.update({item: [part.clone() for part in parts]}),
             )
             for shape in SHAPES:
                 segments = Segments(*shape, WordPartition(shape[0] * -(-shape[1] // 32), communicator.world_size))
@@ -95,7 +95,9 @@ def test_flat_and_nodes_of_one_are_the_same_messages():
     segments = Segments(*shape, WordPartition(15, 1))
     got = {}
     alone = Communicator(alone=True)
-    flat = FlatReduction(alone, CODECS["int8"], 1, 1, lambda item, parts: got.update({item: [*parts]}))
+    flat = FlatReduction(
+        alone, CODECS["int8"], 1, 1, lambda item, parts: got.update({item: [part.clone() for part in parts]})
+    )
     signal = flat.wanted(segments, torch.ones(5), torch.ones(70))
     signal.values.copy_(values_of(0, shape))
     columns = SplitColumns.of(torch.ones(70), None).owners

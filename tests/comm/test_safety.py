@@ -73,8 +73,8 @@ def _with_a_lost_peer(rank, world_size, folder, how):
         return
     started = time.monotonic()
     try:
-        _, handle = communicator.all_to_all(torch.zeros(world_size, 1 << 20, dtype=torch.int32), "signal")
-        handle.wait()
+        words = torch.zeros(world_size, 1 << 20, dtype=torch.int32)
+        communicator.all_to_all(words, torch.empty_like(words), "signal").wait()
     except RuntimeError:
         torch.save(time.monotonic() - started, f"{folder}/rank_0.pt")
     os._exit(0)  # no farewell to a peer that is gone

@@ -161,6 +161,21 @@ def all_kernels():
     yield Kernel("vote", "vote", "_vote_kernel", words | {"majority": "*i32"}, {"RANKS": 8}, "vote")
     inputs = {"total": "*fp32", "words": "*i32", "magnitudes": "*fp32", **sizes}
     yield Kernel("signal_accumulate", "signal_codec", "_accumulate_kernel", inputs, {"RANKS": 8}, "signal_accumulate")
+    of_rows = {
+        "values": "*fp32",
+        "inverse": "*fp32",
+        "sizes": "*fp32",
+        "columns": "*fp32",
+        "words": "*i32",
+        "key": "i32",
+    }
+    for bits in (8, 4):
+        title, constants = f"encode_rows, {bits} bits", {"BITS": bits}
+        yield Kernel(title, "row_codes", "_encode_kernel", of_rows | sizes, constants, "row_codes")
+    for bits in (8, 4, 1):
+        title, constants = f"decode_rows, {bits} bits", {"BITS": bits}
+        yield Kernel(title, "row_codes", "_decode_kernel", of_rows | sizes, constants, "row_codes")
+    yield Kernel("draw_signs", "row_codes", "_draw_kernel", of_rows | sizes, {}, "row_codes")
     inputs = {"words": "*i32", "positions": "*i16", "ends": "*i32", "counts": "*i32"}
     yield Kernel("flip_apply_sparse", "flip_codec", "_apply_kernel", inputs, {}, "flip_apply_sparse")
 

@@ -38,6 +38,16 @@ def larger_cases():
     pairs = torch.randint(0, 256, (320_000,), dtype=torch.uint8)
     yield "accumulate_signal", (pairs, signal, 30_000, 1 << 17, [7, 2**32 - 5, 9], 2**33, 4 << 15, 7)
     yield "candidate_mask", (pairs, None, 4)
+    values = torch.randn(33, 2112) * 10 ** torch.randn(33, 1)
+    values[7, 9], values[8, 10], values[9] = torch.nan, torch.inf, 0.0
+    for bits in (8, 4):
+        yield "encode_rows", (values, bits)
+    yield "draw_signs", (values, 2**32 - 5)
+    for bits in (8, 4, 1):
+        yield (
+            "decode_rows",
+            (random_words(33, 66 * bits), values[:, 9].clone(), torch.randn(2112), torch.empty(33, 2112)),
+        )
     yield "vote", (random_words(8, 20_001),)
     yield "popcount", (random_words(20_001), 2048)
 
@@ -52,7 +62,7 @@ def test_operation(name, arguments):
         given = [_copy(argument, device) for argument in arguments]
         with kernels_on_cpu() if results is found and device == "cpu" else nullcontext():
             result = operation(*given)
-        changed = given if result is None else [result]
+        changed = given if result is None else result if isinstance(result, tuple) else [result]
         results += [t.cpu() for part in changed for t in (part if isinstance(part, list) else [part]) if _is_tensor(t)]
     for a, b in zip(found, expected, strict=True):
         if name in SUMS and a.is_floating_point():

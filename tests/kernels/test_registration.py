@@ -34,6 +34,9 @@ def cases():
     yield "candidate_mask, int4", (pairs, random_words(2), 4)
     yield "vote", (random_words(3, 5),)
     yield "signal_accumulate", (torch.zeros(3, 40), random_words(2, 3, 2), torch.rand(2, 3))
+    yield "encode_rows", (torch.randn(3, 64), 4)
+    yield "draw_signs", (torch.randn(3, 64), 2**32 - 7)
+    yield "decode_rows", (random_words(3, 8), torch.rand(3), torch.rand(64), torch.empty(3, 64))
     yield "flip_apply_sparse", (random_words(10), torch.zeros(1, dtype=torch.int16), torch.ones(1, dtype=torch.int32))
 
 

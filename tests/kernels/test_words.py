@@ -14,7 +14,6 @@ from mbdist_kernels import (
     popcount,
     popcount_by_block,
     signal_accumulate,
-    signal_decode,
     signal_encode,
     unpack_bits,
     unpack_signs,
@@ -145,13 +144,3 @@ def test_sparse_flips_on_every_implementation(implementation):
     empty = torch.zeros(6250, dtype=torch.int32)
     flip_apply_sparse(words, flip_encode_sparse(empty), flip_counts(empty))
     assert torch.equal(words, mask)
-
-
-def test_signs_are_decoded_with_the_magnitude_of_row_and_column(monkeypatch):
-    generator = torch.Generator().manual_seed(1)
-    words = pack_signs(torch.randn(5, 96, generator=generator))
-    magnitudes, columns = torch.rand(5, generator=generator), torch.randn(96, generator=generator)
-    expected = unpack_signs(words, 96) * (magnitudes[:, None] * columns)
-    assert torch.equal(signal_decode(words, magnitudes, columns), expected)
-    monkeypatch.setattr("mbdist_kernels.native.accelerator", lambda: None)
-    assert torch.equal(signal_decode(words, magnitudes, columns), expected)
