@@ -1,21 +1,21 @@
-"""Standing processes in which tests run code on ranks: starting one takes seconds, a process group in it none."""
+"""Standing processes in which tests run code on ranks."""
 
 import functools
 import io
-import multiprocessing
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from processes import warm
 
 MOST_RANKS = 4
 
 
 @functools.cache
 def _processes() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(MOST_RANKS, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(MOST_RANKS, warm)
 
 
 def run_on_ranks(world_size, folder, main, *args):

@@ -14,29 +14,18 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, set_seed
 
-from mbdist.config import RunConfig, write_config
-from mbdist.config.schema import ModelConfig
+from mbdist.bench.small_run import finish, records_of, small_model, start
+from mbdist.config import RunConfig
 from mbdist.errors import RunError
-from mbdist.model.loading import load_model_config, load_tokenizer
-from mbdist.train.metrics import read_metrics
 
-_SHAPE = {  # small: what is measured is what a restart costs besides the model
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
+_HIDDEN, _BLOCKS = 64, 2  # small: what is measured is what a restart costs besides the model
 _POLL_S = 0.01
 _RECOVERY_TIMEOUT_S = 300
 
@@ -47,18 +36,18 @@ def bench_faults(config: RunConfig, kills: int, seed: int, json_file: Path | Non
     same planes."""
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:
-        model = _small_model(config.model, Path(scratch) / "model")
+        model = small_model(config.model, Path(scratch) / "model", _HIDDEN, _BLOCKS)
         base = config.model_copy(update={"model": model})
         whole = base.model_copy(update={"run_dir": f"{scratch}/whole"})
         disturbed = base.model_copy(update={"run_dir": f"{scratch}/disturbed"})
-        expected = _finish(_start(whole), whole)
+        expected = finish(start(whole), whole)
         console.print(f"undisturbed: {config.train.steps} steps; now with {kills} kills")
-        process = _start(disturbed)
+        process = start(disturbed)
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(process.kill)
             seconds = _disturb(process, disturbed, kills, random.Random(seed), console)
-            ended = _finish(process, disturbed)
-        done = [record["step"] for record in _records(disturbed) if record["event"] == "step"]
+            ended = finish(process, disturbed)
+        done = [record["step"] for record in records_of(disturbed) if record["event"] == "step"]
     result = {
         "kills": kills,
         "recovered": len(seconds),
@@ -77,34 +66,6 @@ def bench_faults(config: RunConfig, kills: int, seed: int, json_file: Path | Non
     return result
 
 
-def _small_model(source: ModelConfig, folder: Path) -> ModelConfig:
-    shape = load_model_config(source)
-    shape.update(_SHAPE)
-    set_seed(0)
-    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
-    return ModelConfig(path=str(folder))
-
-
-def _start(config: RunConfig) -> subprocess.Popen:
-    path = Path(f"{config.run_dir}.yaml")
-    write_config(config, path)
-    command = [sys.executable, "-m", "mbdist.cli.main", "launch", "local", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _finish(process: subprocess.Popen, config: RunConfig) -> dict:
-    output, _ = process.communicate()
-    if process.returncode:
-        raise RunError(f"the run failed:\n{output[-4000:]}")
-    return json.loads((Path(config.run_dir) / "summary.json").read_text())
-
-
-def _records(config: RunConfig) -> list[dict]:
-    metrics = Path(config.run_dir) / "metrics.jsonl"
-    return list(read_metrics(metrics)) if metrics.exists() else []
-
-
 def _disturb(
     process: subprocess.Popen, config: RunConfig, kills: int, chance: random.Random, console: Console
 ) -> list[float]:
@@ -115,8 +76,8 @@ def _disturb(
         records = _await(process, config, lambda records, target=target: _last_step(records) >= target)
         steps = [record["seconds"] for record in records if record["event"] == "step"]
         time.sleep(chance.uniform(0, 2 * statistics.median(steps)))
-        start = [record for record in _records(config) if record["event"] == "start"][-1]
-        before = len(_records(config))
+        start = [record for record in records_of(config) if record["event"] == "start"][-1]
+        before = len(records_of(config))
         os.kill(chance.choice(start["workers"])["pid"], signal.SIGKILL)
         killed = time.time()
         after = _await(process, config, lambda records, before=before: _has_resumed(records[before:]))
@@ -138,7 +99,7 @@ def _has_resumed(records: list[dict]) -> bool:
 
 def _await(process: subprocess.Popen, config: RunConfig, holds) -> list[dict]:
     deadline = time.monotonic() + _RECOVERY_TIMEOUT_S
-    while not holds(records := _records(config)):
+    while not holds(records := records_of(config)):
         if process.poll() is not None:
             raise RunError(f"the run ended before it was done:\n{process.communicate()[0][-4000:]}")
         if time.monotonic() > deadline:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of, remove_checkpoint
-from mbdist.config.schema import CheckpointConfig
+from mbdist.config.checkpoint import CheckpointConfig
 
 _PARTIAL = ".tmp-"
 _SHARDS_TIMEOUT_S = 600
@@ -82,7 +82,7 @@ class CheckpointWriter:
             return False
         return True
 
-    def save(self, step: int, pieces: list[Piece], state: dict, wait: bool = False) -> None:
+    def save(self, step: int, pieces: list[Piece], state: dict) -> None:
         """Write the state after ``step`` steps: snapshot now, files later. ``state``: JSON, the same on all ranks."""
         started = time.monotonic()
         self.wait()
@@ -92,8 +92,6 @@ class CheckpointWriter:
         blocked_s = time.monotonic() - started
         self._thread = threading.Thread(target=self._write, args=(step, tensors, state, blocked_s), daemon=False)
         self._thread.start()
-        if wait:
-            self.wait()
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -105,6 +103,7 @@ class CheckpointWriter:
         self._report("checkpoint_failed", step=step, why=f"{why}; the run goes on, the checkpoint before it stays")
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict, blocked_s: float) -> None:
+        _give_way()
         started = time.monotonic()
         final = self.folder / f"step_{step}"
         partial = final.with_name(f"{final.name}{_PARTIAL}{self._attempt}")
@@ -163,6 +162,12 @@ def _snapshot(values: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU that training does not reach."""
     flat = values.detach().reshape(-1)
     return flat.clone() if flat.device.type == "cpu" else flat.cpu()
+
+
+def _give_way() -> None:
+    """Have this thread compute only where the step leaves a core to it. Linux has a priority a thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _write_json(path: Path, value: dict) -> None:

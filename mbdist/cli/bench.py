@@ -217,6 +217,25 @@ def start(
 
 
 @app.command()
+def checkpoint(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config; its model is replaced by a small one of its kind.")] = (
+        "configs/checkpoint.yaml"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """How much longer a step takes while a checkpoint is written in the background.
+
+    Example: `mbdist bench checkpoint --json docs/benchmarks/checkpoint.json`
+    """
+    from mbdist.bench.checkpoint import bench_checkpoint
+    from mbdist.config import load_config
+
+    _check_folder(json_file)
+    bench_checkpoint(load_config(config, overrides or []), json_file)
+
+
+@app.command()
 def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")

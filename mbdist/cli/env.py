@@ -13,7 +13,7 @@ def env() -> None:
 
     import torch
 
-    from mbdist.config.schema import ClusterConfig
+    from mbdist.config.cluster import ClusterConfig
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist_kernels import native
 

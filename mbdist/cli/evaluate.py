@@ -55,7 +55,8 @@ def evaluate(
     import json
 
     from mbdist.comm.communicator import Communicator
-    from mbdist.config.schema import ClusterConfig, DataConfig, ModelConfig, PythonDocsSource, TextSource
+    from mbdist.config.cluster import ClusterConfig
+    from mbdist.config.schema import DataConfig, ModelConfig, PythonDocsSource, TextSource
     from mbdist.data.published import published_windows
     from mbdist.data.sources import load_documents
     from mbdist.data.windows import load_windows

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from mbdist.config.checkpoint import CheckpointConfig
+from mbdist.config.cluster import LAUNCHERS_OWN, ClusterConfig
+from mbdist.config.section import Section as _Section
 
 
 class ModelConfig(_Section):
@@ -315,79 +315,6 @@ class CommConfig(_Section):
         return self.node_size if isinstance(self.node_size, int) and 1 < self.node_size < workers else None
 
 
-class CheckpointConfig(_Section):
-    every_steps: PositiveInt | None = None
-    """Save the run's state after every so many steps; null: by time alone."""
-    every_minutes: Annotated[float, Field(gt=0)] | None = 30
-    """Save it when so much time has passed; null: by steps alone. A run that is told to stop saves too."""
-    keep_last: PositiveInt = 2
-    """How many checkpoints stay in `run_dir/checkpoints`."""
-    keep_best: Annotated[int, Field(ge=0)] = 0
-    """With `train.eval_every`: save after every evaluation, and keep so many of the lowest perplexity too."""
-    resume: str = "auto"
-    """`auto`: go on from the last checkpoint of an unfinished run in `run_dir`, where there is one; a finished run
-    starts anew. `none`: start anew, which removes the folder's checkpoints. Or the folder of a checkpoint. The number
-    of workers, the ZeRO stage and the micro-batch may be others than before."""
-
-
-_LAUNCHERS_OWN = {
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CUDA_VISIBLE_DEVICES",
-    "DS_ACCELERATOR",
-    "RAY_ADDRESS",
-}
-
-
-class WorkerRange(_Section):
-    min: PositiveInt
-    """The run waits until so many can start."""
-    max: PositiveInt
-    """More are not used."""
-
-
-def _kind_of_workers(given: object) -> str:
-    return "WorkerRange" if isinstance(given, dict | WorkerRange) else "number"
-
-
-class ClusterConfig(_Section):
-    workers: Annotated[
-        Annotated[PositiveInt, Tag("number")] | Annotated[WorkerRange, Tag("WorkerRange")],
-        Discriminator(_kind_of_workers),
-    ] = 1
-    """Data-parallel workers. One GPU each where there are GPUs. `{min: 2, max: 8}`, where Ray starts them: as many as
-    there is room for, fewer after nodes were lost, more when they are back."""
-    resize_every_s: Annotated[float, Field(gt=0)] = 60
-    """With a range of workers: how often to see whether there is room for more. To grow costs the steps since the last
-    checkpoint."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """DeepSpeed ZeRO stage of the float state; stage 3 partitions the planes too."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: GPUs where the machine has them."""
-    placement: Literal["pack", "spread"] = "pack"
-    """On a Ray cluster: workers on few nodes, or on many."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """On a Ray cluster: custom resources that a worker takes, besides its cores and its GPU."""
-    environment: list[str] = []
-    """Names of variables that a submitted job and its workers get from the environment that submits it."""
-    max_restarts: Annotated[int, Field(ge=0)] = 20
-    """How often Ray starts the workers again, from the last checkpoint, after one of them was lost."""
-    cpus_per_worker: PositiveInt | None = None
-    """Cores a worker may use. Default: on one machine its cores shared evenly, on a cluster one."""
-
-    @property
-    def fewest_workers(self) -> int:
-        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
-
-    @property
-    def most_workers(self) -> int:
-        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
-
-
 class RunConfig(_Section):
     """One run, wherever it runs."""
 
@@ -462,7 +389,7 @@ class RunConfig(_Section):
             workers for workers in sizes if self.train.sequences_per_step % (workers * self.train.micro_batch)
         ]:
             problems.append(self._explain_batch(misfits, sizes))
-        if owned := sorted(_LAUNCHERS_OWN.intersection(self.cluster.environment)):
+        if owned := sorted(LAUNCHERS_OWN.intersection(self.cluster.environment)):
             problems.append(f"cluster.environment: {', '.join(owned)} is set by the launcher: leave it out")
         planes = self.boolean.planes
         if isinstance(planes, list) and len(set(planes)) < len(planes):

@@ -11,7 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mbdist.config.schema import ClusterConfig, CommConfig, RunConfig
+from mbdist.config.cluster import ClusterConfig
+from mbdist.config.schema import CommConfig, RunConfig
 from mbdist.errors import ConfigError, UserError
 
 

@@ -5,18 +5,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import models
+import processes
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from mbdist.checkpoint import CheckpointWriter, complete_checkpoints
-from mbdist.config.schema import CheckpointConfig
+from mbdist.config.checkpoint import CheckpointConfig
 from mbdist.train.metrics import read_metrics
 from mbdist.train.status import describe_run
 
@@ -36,38 +35,42 @@ def settings_of(run_dir, model, workers=1, stage=2, lr=1e-2, **checkpoint):
     return settings
 
 
-def start(settings, folder):
+def command(settings, folder):
+    """The whole command, for runs of one worker, whose end loads the model again in one more process."""
     path = Path(folder) / f"{Path(settings['run_dir']).name}.yaml"
     path.write_text(yaml.safe_dump(settings))
-    workers = settings["cluster"]["workers"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] if workers > 1 else []
-    command = [sys.executable, *torchrun, "-m", "mbdist.cli.main", "train", str(path)]
-    environment = os.environ | {"WANDB_MODE": "offline"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    return processes.mbdist("train", path, environment=os.environ | {"WANDB_MODE": "offline"})
 
 
 def finish(settings, folder, expect=0):
-    output, _ = (process := start(settings, folder)).communicate(timeout=300)
-    assert process.returncode == expect, output[-3000:]
-    return output
+    done = command(settings, folder).wait()
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
-def interrupted(settings, folder, how, event="checkpoint"):
-    """Start the run and send its processes a signal when the event is logged; what it printed."""
-    process = start(settings, folder)
-    log = Path(settings["run_dir"]) / "metrics.jsonl"
-    while not (log.exists() and any(record["event"] == event for record in read_metrics(log))):
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.01)
-    if how == signal.SIGKILL:
-        # torchrun's workers are in sessions of their own, and outlive it
-        subprocess.run(["pkill", "-KILL", "-f", f"{folder}/{log.parent.name}.yaml"], check=True)
-    else:
-        process.send_signal(how)
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output
+def killed(settings, event="checkpoint"):
+    """Start the run and kill all its workers when the event is logged."""
+    ranks = processes.start_training(settings)
+    processes.wait_for(settings["run_dir"], processes.logged(event), *ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
+def told(settings, folder, how, event):
+    """Start the command and send it a signal when the event is logged: (its exit code, what it printed)."""
+    process = command(settings, folder)
+    processes.wait_for(settings["run_dir"], processes.logged(event), process)
+    process.send_signal(how)
+    done = process.wait(60)
+    return done.returncode, done.stdout + done.stderr
+
+
+def resumed(settings):
+    """The steps that the run went on from."""
+    records = read_metrics(Path(settings["run_dir"]) / "metrics.jsonl")
+    return [record["step"] for record in records if record["event"] == "resumed"]
 
 
 def outcome(run_dir):
@@ -90,15 +93,28 @@ def check_same(one, other):
         assert torch.equal(tensor, other[0][name]), name
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, llama_folder):
+    """The folder of a run of one worker that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    processes.train(settings_of(folder, llama_folder))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "stage"), [(2, 2), (2, 3)])
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, llama_folder, workers, stage):
-    whole = settings_of(tmp_path / "whole", llama_folder, workers, stage)
-    finish(whole, tmp_path)
-    killed = settings_of(tmp_path / "killed", llama_folder, workers, stage)
-    interrupted(killed, tmp_path, signal.SIGKILL)
-    output = finish(killed, tmp_path)
-    assert "resumed after step" in output
+    processes.train(settings_of(tmp_path / "whole", llama_folder, workers, stage))
+    settings = settings_of(tmp_path / "killed", llama_folder, workers, stage)
+    killed(settings)
+    if stage == 2:  # as its user types it
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+        torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "mbdist.cli.main", "train", "run.yaml"]
+        done = subprocess.run(torchrun, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0 and "resumed after step" in done.stdout, done.stderr[-3000:]
+    else:
+        processes.train(settings)
+    assert len(resumed(settings)) == 1
     expected = outcome(tmp_path / "whole")
     assert sum(sum(step["flips"].values()) for step in expected[1].values()) > 100
     assert any(sum(step["flipped_back"].values()) for step in expected[1].values())
@@ -108,38 +124,55 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, llama_f
 @pytest.mark.slow
 def test_other_workers_and_another_stage_go_on_with_the_same_flips(tmp_path, llama_folder):
     """With the scales at rest: the order in which DeepSpeed adds up their gradients depends on the workers."""
-    finish(settings_of(tmp_path / "whole", llama_folder, 1, 0, lr=0.0), tmp_path)
+    processes.train(settings_of(tmp_path / "whole", llama_folder, 1, 0, lr=0.0))
     expected = outcome(tmp_path / "whole")
     run_dir = tmp_path / "moving"
-    interrupted(settings_of(run_dir, llama_folder, 2, 3, lr=0.0), tmp_path, signal.SIGKILL)
-    output = finish(settings_of(run_dir, llama_folder, 3, 1, lr=0.0), tmp_path)
-    assert "resumed after step" in output
+    killed(settings_of(run_dir, llama_folder, 2, 3, lr=0.0))
+    processes.train(settings_of(run_dir, llama_folder, 3, 1, lr=0.0))
     weights, steps = outcome(run_dir)
     assert {number: step["flips"] for number, step in steps.items()} == {
         number: step["flips"] for number, step in expected[1].items()
     }
     assert all(torch.equal(weights[name], expected[0][name]) for name in weights if ".plane_" in name)
-    resumed = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "resumed"][-1]
-    assert resumed["changed"]["cluster.workers"] == "2 -> 3"
+    (noted,) = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "resumed"]
+    assert noted["changed"]["cluster.workers"] == "2 -> 3"
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_stop_saves_and_says_so(tmp_path, llama_folder):
-    finish(settings_of(tmp_path / "whole", llama_folder), tmp_path)
+def test_a_run_that_is_told_to_stop_saves_and_says_so(tmp_path, llama_folder, undisturbed):
     settings = settings_of(tmp_path / "told", llama_folder, every_steps=None)
-    code, output = interrupted(settings, tmp_path, signal.SIGUSR1, event="step")
+    code, output = told(settings, tmp_path, signal.SIGUSR1, event="step")
     assert code == 75 and "the same command goes on from there" in output
-    finish(settings, tmp_path)
-    check_same(outcome(tmp_path / "told"), outcome(tmp_path / "whole"))
+    processes.train(settings)
+    check_same(outcome(tmp_path / "told"), outcome(undisturbed))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_checkpoint_that_is_named(tmp_path, llama_folder, undisturbed):
+    """Of another run, whose folder stays as it is."""
+    before = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    settings = settings_of(tmp_path / "run", llama_folder, resume=str(undisturbed / "checkpoints/step_3"))
+    processes.train(settings)
+    assert resumed(settings) == [3]
+    weights, steps = outcome(undisturbed)
+    check_same(outcome(tmp_path / "run"), (weights, {number: step for number, step in steps.items() if number > 3}))
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == before
+    settings = settings_of(tmp_path / "other", llama_folder, resume="nowhere/step_3")
+    assert "nowhere/step_3: there is no such folder" in finish(settings, tmp_path, expect=2)
 
 
 @pytest.mark.slow
 def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path, llama_folder):
-    settings = settings_of(tmp_path / "run", llama_folder, keep_last=3)
-    interrupted(settings, tmp_path, signal.SIGKILL)
+    model = shutil.copytree(llama_folder, tmp_path / "llama")
+    settings = settings_of(tmp_path / "run", model, keep_last=3)
+    killed(settings)
     (folder,) = (tmp_path / "run/checkpoints").glob("step_?")
     other = finish({**settings, "seed": 5}, tmp_path, expect=2)
     assert "seed: 0 -> 5" in other and "Traceback" not in other
+    kept = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert "are not those that" in finish(settings, tmp_path, expect=2)
+    (model / "model.safetensors").write_bytes(kept)
     (tmp_path / "run/checkpoints/step_99").mkdir()  # without its marker: was not written to the end
     shard = folder / "shard_0.safetensors"
     whole = shard.read_bytes()
@@ -152,18 +185,19 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path, llama_f
     (folder / "state.json").write_text(json.dumps(state | {"format": 0}))
     assert "format 0" in finish(settings, tmp_path, expect=2)
     (folder / "state.json").write_text(json.dumps(state))
-    assert "resumed after step 3" in finish(settings, tmp_path)
+    processes.train(settings)
+    assert resumed(settings) == [3]
 
 
 @pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path, llama_folder):
     settings = settings_of(tmp_path / "run", llama_folder)
-    process = start(settings, tmp_path)
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        time.sleep(0.05)
+    settings["train"]["steps"] = 100_000
+    first = command(settings, tmp_path)
+    processes.wait_for(settings["run_dir"], processes.logged("step"), first)
     assert "another run is going on in run_dir" in finish(settings, tmp_path, expect=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    first.send_signal(signal.SIGTERM)
+    assert first.wait().returncode == 75
 
 
 @pytest.mark.slow
@@ -172,10 +206,10 @@ def test_a_run_stops_inside_conversion_and_evaluation_too(tmp_path, llama_folder
     settings["convert"] = {"init": "calibrated", "calibration_tokens": 60_000}
     settings["data"]["max_eval_windows"] = 1500
     settings["train"] |= {"steps": 1, "track": ["tensorboard", "wandb"]}
-    code, output = interrupted(settings, tmp_path, signal.SIGTERM, event="converting")
+    code, output = told(settings, tmp_path, signal.SIGTERM, event="converting")
     assert code == 75 and "stopped after step 0" in output and "converted" not in output
     assert "stopped after step 0" in describe_run(tmp_path / "run")
-    code, output = interrupted(settings, tmp_path, signal.SIGTERM, event="step")
+    code, output = told(settings, tmp_path, signal.SIGTERM, event="step")
     assert code == 75 and "stopped after step 1" in output and "finetuned" not in output
     settings["train"]["steps"] = 2
     output = finish(settings, tmp_path)
@@ -187,10 +221,9 @@ def test_a_run_stops_inside_conversion_and_evaluation_too(tmp_path, llama_folder
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_run_and_the_checkpoint_before_it(tmp_path, llama_folder):
+def test_a_full_disk_leaves_the_run_and_the_checkpoint_before_it(tmp_path, llama_folder, undisturbed):
     """A disk of its own, with room for one checkpoint and a half."""
-    finish(settings_of(tmp_path / "roomy", llama_folder, every_steps=2), tmp_path)
-    (folder, *_) = (tmp_path / "roomy/checkpoints").glob("step_*")
+    (folder, *_) = (undisturbed / "checkpoints").glob("step_*")
     room = sum(file.stat().st_size for file in folder.iterdir()) * 3 // 2
     (disk := tmp_path / "run/checkpoints").mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], capture_output=True)
@@ -202,7 +235,7 @@ def test_a_full_disk_leaves_the_run_and_the_checkpoint_before_it(tmp_path, llama
     finally:
         subprocess.run(["umount", disk], check=True)
     assert "WARNING: no checkpoint after step 4" in output and "the run goes on" in output
-    check_same(outcome(tmp_path / "run"), outcome(tmp_path / "roomy"))
+    check_same(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
 def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_folder):
@@ -212,8 +245,8 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_fol
     bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     if bound and shutil.which("setpriv") is None:
         pytest.skip("root may write everywhere")
-    command = [*bound, sys.executable, "-m", "mbdist.cli.main", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    train = [*bound, "mbdist", "train", str(path)]
+    done = subprocess.run(train, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"error: cannot write to run_dir {tmp_path}/theirs: Permission denied\n"
     assert not list((tmp_path / "theirs").iterdir())
@@ -222,7 +255,8 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_fol
 def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
     writer = CheckpointWriter(tmp_path, CheckpointConfig(keep_last=1, keep_best=2), 0, 1, "a", lambda *_, **__: None)
     for step, perplexity in enumerate([9.0, 5.0, None, 4.0, 7.0, 8.0, None], start=1):
-        writer.save(step, [], {"step": step, "perplexity": perplexity}, wait=True)
+        writer.save(step, [], {"step": step, "perplexity": perplexity})
+        writer.wait()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_2", "step_4", "step_7"]
 
 
@@ -230,7 +264,7 @@ def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
 def test_a_run_keeps_the_checkpoints_that_evaluated_best(tmp_path, llama_folder):
     settings = settings_of(tmp_path / "run", llama_folder, every_steps=2, keep_last=1, keep_best=1)
     settings["train"]["eval_every"] = 2
-    finish(settings, tmp_path)
+    processes.train(settings)
     measured = {
         record["step"]: record["perplexity"]
         for record in read_metrics(tmp_path / "run/metrics.jsonl")

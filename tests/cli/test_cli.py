@@ -1,9 +1,10 @@
-"""The real command, as a user types it."""
+"""The command line."""
 
 import json
 import subprocess
 
 import models
+import processes
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from mbdist.model.loading import ModelConfig, load_model
 
 
 def mbdist(*arguments, check=True, cwd=None):
-    done = subprocess.run(["mbdist", *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=cwd)
+    done = processes.mbdist(*arguments, cwd=cwd).wait(120)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     else:
@@ -43,6 +44,8 @@ def converted(tmp_path_factory, llama_folder):
         "bench comm",
         "bench codecs",
         "bench teachers",
+        "bench checkpoint",
+        "bench faults",
         "bench scaling",
     ],
 )

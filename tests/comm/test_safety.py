@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import warm
 from ranks import run_on_ranks
 
 from mbdist.comm.agreement import agree, share_launch_settings
@@ -82,8 +82,7 @@ def _with_a_lost_peer(rank, world_size, folder, how):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_is_lost_raises_within_the_timeout(tmp_path, how):
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=_with_a_lost_peer, args=(rank, 2, str(tmp_path), how)) for rank in range(2)]
+    ranks = [warm.Process(target=_with_a_lost_peer, args=(rank, 2, str(tmp_path), how)) for rank in range(2)]
     for process in ranks:
         process.start()
     ranks[0].join(60)
@@ -108,8 +107,7 @@ def _hanging(rank, world_size, folder):
 
 
 def test_a_worker_that_waits_for_a_peer_says_in_what_and_ends(tmp_path):
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=_hanging, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    ranks = [warm.Process(target=_hanging, args=(rank, 2, str(tmp_path))) for rank in range(2)]
     for process in ranks:
         process.start()
     ranks[0].join(40)

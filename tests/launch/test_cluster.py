@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import time
 import uuid
 
 import models
+import processes
 import psutil
 import pytest
 import yaml
@@ -18,12 +18,6 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}  # th
 
 # A node that is gone is known to be after seconds.
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_node(log, *arguments):
@@ -61,16 +55,16 @@ def kill_node(node):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """(address of the job server, nodes: the head and two more, what starts one more)."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard = processes.free_port(), processes.free_port()
     logs = tmp_path_factory.mktemp("cluster")
     kinds = [["--head", f"--port={port}", f"--dashboard-port={dashboard}"], *[[f"--address=127.0.0.1:{port}"]] * 2]
     nodes = [
-        start_node(logs / str(number), *kind, f"--dashboard-agent-listen-port={free_port()}")
+        start_node(logs / str(number), *kind, f"--dashboard-agent-listen-port={processes.free_port()}")
         for number, kind in enumerate(kinds)
     ]
 
     def start_another():
-        options = (kinds[1][0], f"--dashboard-agent-listen-port={free_port()}")
+        options = (kinds[1][0], f"--dashboard-agent-listen-port={processes.free_port()}")
         nodes.append(start_node(logs / str(len(nodes)), *options))
 
     yield f"http://127.0.0.1:{dashboard}", nodes, start_another
@@ -90,50 +84,54 @@ def settings_of(run_dir, model, **cluster):
     )
 
 
-def submit(settings, folder, address, *options):
-    path = folder / "submitted.yaml"
-    path.write_text(yaml.safe_dump(settings))
+def typed(command, folder):
+    """Running, where the cluster's token and a secret are known and the cluster is not."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.Popen(
-        ["mbdist", "launch", "ray", str(path), "--address", address, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        env=environment | TOKEN | {"A_SECRET": "hunter2"},
-    )
+    environment |= TOKEN | {"A_SECRET": "hunter2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(["bash", "-c", command], cwd=folder, env=environment, **pipes)
 
 
-def wait_for(log, holds, process, seconds=180):
-    """Until ``holds`` says so of the metrics that were logged."""
-    deadline = time.monotonic() + seconds
-    while not (log.exists() and holds(list(read_metrics(log)))):
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, log.exists() and log.read_text()[-2000:]
-        time.sleep(0.1)
+def submit(settings, folder, address, *options):
+    (folder / "submitted.yaml").write_text(yaml.safe_dump(settings))
+    return typed(f"exec mbdist launch ray submitted.yaml --address {address} {' '.join(options)}", folder)
+
+
+def submit_by_hand(settings, folder, address):
+    """By the command that a dry run prints."""
+    shown, _ = submit(settings, folder, address, "--dry-run").communicate()
+    command = shown.partition("the same by hand: ")[2].replace("FOLDER_WITH_run.yaml", "package")
+    (folder / "package").mkdir()
+    (folder / "package/run.yaml").write_text(yaml.safe_dump(settings))
+    return typed(f"exec {command}", folder)
 
 
 def sizes(records):
     return [record["world_size"] for record in records if record["event"] == "start"]
 
 
+def trains_on(fits):
+    """Whether the number of workers fits by now, and they have done a step."""
+    return lambda records: fits(sizes(records)[-1]) and records[-1]["event"] == "step"
+
+
 @pytest.mark.slow
 def test_a_submitted_job_shrinks_with_its_cluster_and_grows_again(tmp_path, llama_folder, cluster):
     address, nodes, start_another = cluster
-    settings = settings_of(tmp_path / "run", llama_folder, placement="spread", environment=["A_SECRET"])
+    settings = settings_of(run_dir := tmp_path / "run", llama_folder, placement="spread", environment=["A_SECRET"])
     settings["cluster"] |= {"workers": {"min": 1, "max": 3}, "resize_every_s": 3}
     settings["train"]["steps"] = 100_000
     process = submit(settings, tmp_path, address)
-    log = tmp_path / "run/metrics.jsonl"
-    wait_for(log, lambda records: any(record["event"] == "checkpoint" for record in records), process)
-    started = sizes(read_metrics(log))[-1]  # Ray may begin before it has seen all nodes
+    processes.wait_for(run_dir, processes.logged("checkpoint"), process)
+    started = sizes(read_metrics(run_dir / "metrics.jsonl"))[-1]  # Ray may begin before it has seen all nodes
     kill_node(next(node for node in nodes[1:] if runs_a_worker(node)))
-    wait_for(log, lambda records: sizes(records)[-1] < started and records[-1]["event"] == "step", process)
+    processes.wait_for(run_dir, trains_on(lambda workers: workers < started), process)
     start_another()
-    wait_for(log, lambda records: sizes(records)[-1] == 3 and records[-1]["event"] == "step", process)
+    processes.wait_for(run_dir, trains_on(lambda workers: workers == 3), process)
     job = next(line.split()[1] for line in iter(process.stdout.readline, "") if line.startswith("job "))
-    command = ["mbdist", "job", "stop", job, "--address", address]
-    subprocess.run(command, env=os.environ | TOKEN, check=True)
+    look = {verb: processes.mbdist("job", verb, job, "--address", address, environment=os.environ | TOKEN).wait()
+            for verb in ("status", "logs", "stop")}  # fmt: skip
+    assert look["status"].stdout == "RUNNING\n" and "converted 14 layers" in look["logs"].stdout
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the same command goes on from there" in output, output[-3000:]
     assert not any(secret in output for secret in ("hunter2", TOKEN["RAY_AUTH_TOKEN"]))
@@ -141,12 +139,23 @@ def test_a_submitted_job_shrinks_with_its_cluster_and_grows_again(tmp_path, llam
 
 
 @pytest.mark.slow
-def test_a_job_fails_with_its_exit_code_and_says_why(tmp_path, llama_folder, cluster):
+def test_a_job_fails_with_its_exit_code_and_another_goes_on_beside_it(tmp_path, llama_folder, cluster):
+    """Two groups of workers on one cluster, each with a port of its own."""
+    other = settings_of(run_dir := tmp_path / "other", llama_folder, workers=1)
+    other["train"]["steps"] = 100_000
+    going_on = submit_by_hand(other, tmp_path, cluster[0])
+    processes.wait_for(run_dir, processes.logged("step"), going_on)
     settings = settings_of(tmp_path / "run", llama_folder)
     settings["data"]["window"] = 4096
     output, _ = (process := submit(settings, tmp_path, cluster[0])).communicate(timeout=300)
     assert process.returncode == 2, output[-3000:]
     assert "longer than the model's context of 128 tokens" in output
+    reached = list(read_metrics(run_dir / "metrics.jsonl"))[-1]
+    processes.wait_for(run_dir, lambda records: records[-1]["step"] > reached["step"], going_on)
+    (run_dir / "stop").touch()
+    output, _ = going_on.communicate(timeout=120)
+    assert "the same command goes on from there" in output, output[-3000:]
+    assert len(sizes(read_metrics(run_dir / "metrics.jsonl"))) == 1, "it was never started again"
 
 
 def test_a_dry_run_shows_and_refuses(tmp_path, llama_folder):

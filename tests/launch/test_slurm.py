@@ -6,11 +6,11 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import models
+import processes
 import pytest
 import yaml
 
@@ -25,12 +25,6 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "launch/slurm"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 SEARCHED = os.environ["PATH"] + ":/usr/sbin:/sbin"  # where Debian has daemons
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_job(run_dir, **cluster):
@@ -73,11 +67,11 @@ def slurm(tmp_path_factory):
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     host, user = socket.gethostname(), getpass.getuser()
-    ports = sorted(free_port() for _ in range(2))
+    ports = sorted(processes.free_port() for _ in range(2))
     conf = {
         "ClusterName": "test",
         "SlurmctldHost": f"{host}(127.0.0.1)",
-        "SlurmctldPort": free_port(),
+        "SlurmctldPort": processes.free_port(),
         "SlurmUser": user,
         "SlurmdUser": user,
         "AuthType": "auth/munge",
@@ -143,8 +137,7 @@ def submit(slurm, folder, settings, kind):
     """The job's id."""
     path = folder / f"{Path(settings['run_dir']).name}.yaml"
     path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "mbdist.cli.main", "launch", "slurm", str(path), "--nodes", "2", "--kind", kind]
-    done = subprocess.run(command, env=slurm, capture_output=True, text=True)
+    done = processes.mbdist("launch", "slurm", path, "--nodes", 2, "--kind", kind, environment=slurm).wait()
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[1].rstrip(":")
 
@@ -185,12 +178,9 @@ def events(settings, event):
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, tmp_path_factory, llama_folder):
-    """Digest of the planes of a run of two tasks on two nodes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    settings = settings_of(folder, llama_folder, "run")
-    job = submit(slurm, folder, settings, "srun")
-    assert ended(slurm, job) == ("COMPLETED", "0"), logs_of(settings)
-    assert events(settings, "start")[-1]["world_size"] == 2
+    """Digest of the planes of a run of two workers, without SLURM."""
+    settings = settings_of(tmp_path_factory.mktemp("undisturbed"), llama_folder, "run")
+    processes.train(settings)
     return hash_planes(load_model(ModelConfig(path=f"{settings['run_dir']}/model")))
 
 
@@ -203,6 +193,7 @@ def test_a_preempted_job_saves_and_goes_on(tmp_path, llama_folder, slurm, undist
     subprocess.run(["scancel", "--batch", "--signal", "USR1", job], env=slurm, check=True)
     assert ended(slurm, job) == ("COMPLETED", "0"), logs_of(settings)
     assert len(events(settings, "resumed")) == 1, logs_of(settings)
+    assert [start["world_size"] for start in events(settings, "start")] == [2, 2]
     attempts = sorted(path.name for path in (tmp_path / kind / "slurm").glob("submission_1/job_*/attempt_*"))
     assert attempts == ["attempt_0", "attempt_1"]
     assert hash_planes(load_model(ModelConfig(path=f"{settings['run_dir']}/model"))) == undisturbed

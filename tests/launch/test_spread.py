@@ -1,7 +1,6 @@
 """A conversion spread over Ray workers."""
 
-import subprocess
-
+import processes
 import pytest
 import torch
 
@@ -14,9 +13,15 @@ from mbdist.model.loading import load_model
 from mbdist_launch import spread_over
 
 
+@pytest.fixture(scope="module")
+def two_workers():
+    with spread_over(2) as spread:
+        yield spread
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["svid", "joint", "calibrated"])
-def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init):
+def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init, two_workers):
     torch.manual_seed(0)
     n = 1500  # two chunks of rows in the first matrix
     inputs = torch.randn(2000, n) * torch.rand(n).exp()
@@ -31,8 +36,7 @@ def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init):
         ]
 
     alone = list(INITIALIZATIONS[init](matrices(), in_turn))
-    with spread_over(2) as spread:
-        shared = list(INITIALIZATIONS[init](matrices(), spread))
+    shared = list(INITIALIZATIONS[init](matrices(), two_workers))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.planes, other.planes, strict=True))
         assert torch.equal(one.scale_out, other.scale_out) and torch.equal(one.scale_in, other.scale_in)
@@ -42,7 +46,8 @@ def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init):
 def test_convert_with_workers_writes_the_same_model(tmp_path, llama_folder):
     hashes = set()
     for name, extra in (("one", []), ("two", ["--workers", "2"])):
-        command = ["mbdist", "convert", llama_folder, tmp_path / name, "--init", "calibrated", "--python-docs"]
-        subprocess.run([*command, "--window", "32", "--calibration-tokens", "512", *extra], check=True, timeout=300)
+        command = ["convert", llama_folder, tmp_path / name, "--init", "calibrated", "--python-docs"]
+        done = processes.mbdist(*command, "--window", 32, "--calibration-tokens", 512, *extra).wait()
+        assert done.returncode == 0, done.stderr
         hashes.add(hash_planes(load_model(ModelConfig(path=str(tmp_path / name)))))
     assert len(hashes) == 1

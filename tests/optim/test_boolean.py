@@ -12,7 +12,8 @@ from mbdist.comm.codecs import CODECS
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
-from mbdist.config.schema import BooleanOptimizerConfig, CheckpointConfig, CommConfig
+from mbdist.config.checkpoint import CheckpointConfig
+from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer
@@ -79,7 +80,8 @@ def run(communicator, config, codec="fp32", steps=STEPS, save=None, resume=None)
     for step in range(first, steps):
         if save is not None and step == 2:
             writer = CheckpointWriter(save, CheckpointConfig(), communicator.rank, ranks, "a", lambda *_, **__: None)
-            writer.save(step, optimizer.state_pieces(), {"step": step, "boolean": optimizer.shared_state()}, wait=True)
+            writer.save(step, optimizer.state_pieces(), {"step": step, "boolean": optimizer.shared_state()})
+            writer.wait()
             break
         for a in range(CONTRIBUTIONS // ranks):
             for name, layer in layers.items():
@@ -332,7 +334,8 @@ def test_state_of_another_run_is_refused(tmp_path):
     state["accumulators"]["other"] = state["accumulators"].pop("a.plane_1")
     optimizer.store = store_of(optimizer)
     writer = CheckpointWriter(tmp_path, CheckpointConfig(), 0, 1, "a", lambda *_, **__: None)
-    writer.save(2, optimizer.state_pieces(), {"step": 2}, wait=True)
+    writer.save(2, optimizer.state_pieces(), {"step": 2})
+    writer.wait()
     with pytest.raises(UserError, match="other layers"):
         optimizer.load_state(state, Checkpoint(tmp_path / "step_2"))
 

@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import models
+import processes
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from mbdist.cli.main import app
@@ -20,14 +22,11 @@ from mbdist.train.metrics import MetricsWriter, read_metrics
 from mbdist_kernels import unpack_signs
 
 
-def run_in_process(settings, tmp_path, check=True):
-    """A run as ``mbdist train`` starts it, in a process of its own: DeepSpeed and process groups are process-wide."""
-    import yaml
-
+def mbdist_train(settings, tmp_path, check=True):
+    """The whole command."""
     path = tmp_path / f"{Path(settings['run_dir']).name}.yaml"
     path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.mbdist("train", path).wait()
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -50,7 +49,7 @@ def finished(tmp_path_factory, llama_folder):
     """A short run, finished; most tests below look at what it left."""
     folder = tmp_path_factory.mktemp("train")
     settings = finished_settings(folder / "run", llama_folder)
-    done = run_in_process(settings, folder)
+    done = mbdist_train(settings, folder)
     return folder / "run", done
 
 
@@ -103,7 +102,7 @@ def test_metrics_have_everything_a_user_watches(finished):
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_bits(finished, tmp_path, llama_folder):
-    run_in_process(finished_settings(tmp_path / "again", llama_folder), tmp_path)
+    processes.train(finished_settings(tmp_path / "again", llama_folder))
     first, again = planes_of(finished[0] / "model")[0], planes_of(tmp_path / "again/model")[0]
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -126,7 +125,7 @@ def test_variants_flip_and_learn(finished, tmp_path, llama_folder, name):
     settings = finished_settings(tmp_path / "run", llama_folder)
     for section, values in VARIANTS[name].items():
         settings[section] = {**settings.get(section, {}), **values}
-    run_in_process(settings, tmp_path)
+    processes.train(settings)
     steps = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "step"]
     losses = [record["loss"] for record in steps]
     assert sum(losses[-3:]) / 3 < losses[0], losses
@@ -149,10 +148,10 @@ def test_variants_flip_and_learn(finished, tmp_path, llama_folder, name):
 @pytest.mark.slow
 def test_finetuning_goes_on_from_a_multi_boolean_model(finished, tmp_path, llama_folder):
     settings = models.run_settings(tmp_path / "run", finished[0] / "model", train={"steps": 2})
-    refused = run_in_process(settings, tmp_path, check=False)
+    refused = mbdist_train(settings, tmp_path, check=False)
     assert refused.returncode == 2 and "loss.teacher_model.path" in refused.stderr
     settings["loss"] = {"teacher_model": {"path": str(llama_folder)}}
-    run_in_process(settings, tmp_path)
+    processes.train(settings)
     assert not (tmp_path / "run/converted").exists()
 
 
@@ -172,9 +171,19 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path, llama_folder, 
     settings = models.run_settings(tmp_path / "run", llama_folder)
     for section, values in changes.items():
         settings[section] = {**settings.get(section, {}), **values}
-    done = run_in_process(settings, tmp_path, check=False)
+    done = mbdist_train(settings, tmp_path, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path, llama_folder):
+    settings = models.run_settings(tmp_path / "run", llama_folder, floats={"lr": 1e30})
+    settings["train"] |= {"steps": 12, "max_skipped_steps": 2}
+    done = mbdist_train(settings, tmp_path, check=False)
+    assert done.returncode == 2 and "2 steps in a row had a loss or a signal that is not finite" in done.stderr
+    steps = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "step"]
+    assert [step["skipped"] for step in steps[-2:]] == [True, True] and not steps[0]["skipped"]
 
 
 def test_a_run_dir_that_cannot_be_written(tmp_path, llama_folder):

@@ -1,12 +1,9 @@
 """Real DeepSpeed on real processes: the planes do not depend on how the run is sharded."""
 
-import subprocess
-import sys
-
 import models
+import processes
 import pytest
 import torch
-import yaml
 
 from mbdist.comm.step_bytes import TrainedModel, step_bytes
 from mbdist.config.schema import CommConfig
@@ -34,12 +31,7 @@ def train(tmp_path, model, workers, stage, lr=0.0, sections=None, **train_sectio
         data={"max_eval_windows": 2},
         train=train_section,
     )
-    path = tmp_path / f"{run_dir.name}.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    command = [sys.executable, *torchrun, "-m", "mbdist.cli.main", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    processes.train(settings)
     steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "step"]
     flips = [record["flips"] for record in steps]
     return hash_planes(load_model(ModelConfig(path=str(run_dir / "model")))), flips, steps
