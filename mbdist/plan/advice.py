@@ -33,7 +33,7 @@ def advice(
     the run does not fit even so."""
     found: list[Advice] = []
     config = planned.config
-    for setting, value, costs in _levers(planned.config, workers):
+    for setting, value, costs in _levers(planned.config, workers, device):
         if fits(before.total):
             break
         changed = config.changed({setting: value})
@@ -45,7 +45,7 @@ def advice(
     return found
 
 
-def _levers(config: RunConfig, workers: int) -> Iterator[tuple[str, object, str]]:
+def _levers(config: RunConfig, workers: int, device: str) -> Iterator[tuple[str, object, str]]:
     """(setting, value, what it costs), cheapest first."""
     yield "train.activation_checkpointing", True, "a third more compute"
     smaller = [m for m in range(config.train.micro_batch - 1, 0, -1) if config.train.micro_batch % m == 0]
@@ -57,3 +57,6 @@ def _levers(config: RunConfig, workers: int) -> Iterator[tuple[str, object, str]
         yield "comm.resident_planes", "none", "all planes are gathered in every pass"
     if config.boolean.signal == "curvature" and config.boolean.accumulator != "int4":
         yield "boolean.accumulator", "int4", "coarser accumulators"
+    if device == "cuda":
+        yield "train.offload_activations", True, "they cross to host memory and back"
+        yield "boolean.offload_accumulators", True, "they cross to host memory and back"

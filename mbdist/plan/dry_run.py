@@ -43,6 +43,7 @@ def _dry_run(config: RunConfig, dtype_name: str) -> dict:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(workers), DS_ACCELERATOR="cpu")
     dist.init_process_group("fake", rank=0, world_size=workers, store=FakeStore())
     dtype = getattr(torch, dtype_name)
+    config = config.changed({"boolean.offload_accumulators": False, "train.offload_activations": False})
     with init_empty_weights(include_buffers=False):
         student = planned_model(config).student(dtype)
     found = with_fake_tensors(lambda memory: _start_and_step(student, config, dtype, memory))

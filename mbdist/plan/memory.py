@@ -66,6 +66,7 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, 
     kept = {
         **_parameter_bytes(student, boolean, config, workers),
         **boolean.state_bytes(),
+        **_accumulators_on_device(boolean, config),
         "teacher": _teacher_bytes(planned.teacher_model(dtype), config),
     }
     block, outside = _gathered_bytes(student, boolean, config) if config.cluster.zero_stage == 3 else (0, 0)
@@ -89,7 +90,7 @@ def _optimizer(student: PreTrainedModel, config: RunConfig, workers: int) -> Boo
     """As after its first step: in that it only measures."""
     boolean = BooleanOptimizer(
         dict(boolean_layers(student)),
-        config.boolean,
+        config.boolean.model_copy(update={"offload_accumulators": False}),  # there is no device to fetch them to
         config.comm,
         PaperCommunicator(workers),
         total_steps=config.train.steps,
@@ -98,6 +99,12 @@ def _optimizer(student: PreTrainedModel, config: RunConfig, workers: int) -> Boo
     )
     boolean.curvature.steps = 1
     return boolean
+
+
+def _accumulators_on_device(boolean: BooleanOptimizer, config: RunConfig) -> dict[str, int]:
+    """Of those in host memory: two matrices' at a time, one that comes and one that goes."""
+    sizes = [entry.accumulator.nbytes for entry in boolean.accumulated]
+    return {"accumulators": min(sum(sizes), 2 * max(sizes)) if config.boolean.offload_accumulators else sum(sizes)}
 
 
 def _resident(config: RunConfig, boolean: BooleanOptimizer) -> set[int]:
@@ -170,10 +177,11 @@ def _activation_bytes(
 ) -> tuple[int, int]:
     """(kept by a forward pass of the body for backward, the most that backward needs besides)."""
     student.train()
+    blocks = block_names(student, boolean.layers)
     if config.train.activation_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     before_last: list[torch.Tensor] = []
-    last_block = student.get_submodule(block_names(student, boolean.layers)[-1])
+    last_block = student.get_submodule(blocks[-1])
     ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)
     held = memory.restart_peak()
     hook = last_block.register_forward_pre_hook(
@@ -185,7 +193,10 @@ def _activation_bytes(
     kept = memory.restart_peak() - held
     torch.autograd.grad(states, before_last[0], torch.ones_like(states), allow_unused=True)
     boolean.finish_micro_batch()
-    return kept, max(0, memory.peak_bytes - held - kept)
+    temporaries = max(0, memory.peak_bytes - held - kept)
+    if config.train.offload_activations:  # all but what comes and what goes is in host memory
+        kept = min(kept, 2 * kept // len(blocks))
+    return kept, temporaries
 
 
 def _communication_bytes(boolean: BooleanOptimizer, comm: CommConfig, workers: int) -> int:

@@ -92,7 +92,7 @@ def test_plan_predicts_what_workers_hold(tmp_path, wide_llama, workers, stage, s
     run = settings(tmp_path, wide_llama, workers, stage, **sections)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    train = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]
+    train = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]  # not forked: their memory would be shared
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     subprocess.run(train if workers == 1 else [*torchrun, *train[1:]], check=True, capture_output=True, timeout=240)
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
