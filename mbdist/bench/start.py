@@ -7,6 +7,7 @@ Memory is the kernel's count of a process's resident pages, above what it had be
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mbdist.bench.process import seconds_of
 from mbdist.bench.quality import changed_config
 from mbdist.config import RunConfig, parse_config
 from mbdist.errors import RunError
@@ -40,7 +42,6 @@ _SETTINGS = {
     "train.precision": "bf16",
     "train.check_planes_every": 0,
     "floats.also_train": [],
-    "data.window": 32,
     "cluster.zero_stage": 3,
     "cluster.device": "cpu",
     "cluster.cpus_per_worker": 1,
@@ -85,7 +86,9 @@ def bench_start(
     table = Table("GB", *(f"rank {rank}" for rank in range(ranks)))
     for name in names:
         table.add_row(name.removesuffix("_bytes"), *(f"{of_rank[name] / 1e9:.3f}" for of_rank in of_ranks))
-    table.add_row("start, s", *(f"{of_rank['start_s']:.1f}" for of_rank in of_ranks))
+    for name in ("start_s", "step_s"):
+        if name in of_ranks[0]:
+            table.add_row(name, *(f"{of_rank[name]:.2f}" for of_rank in of_ranks))
     console.print(f"{shape}, K = {planes}: {model_bytes / 1e9:.3f} GB of weights")
     console.print(table)
     if json_file is not None:
@@ -198,10 +201,11 @@ def main(spec_file: str) -> None:
     }
     if spec["steps"]:
         trainer.engine.module.train()
-        started = time.perf_counter()
-        losses = [float(trainer.step(step)[1][0]) for step in range(spec["steps"])]
-        found |= {"step_s": (time.perf_counter() - started) / spec["steps"], "losses": losses}
-        found |= {"peak_of_a_step_bytes": _resident()["VmHWM"] - before}
+        trainer.take_bytes()
+        found["step_s"] = statistics.median(seconds_of(trainer.step, range(spec["steps"])))
+        sent = trainer.take_bytes()[0]
+        found["signal_bytes"] = sent.get("signal", 0) // max(1, spec["steps"] - 1)  # the first step only measures
+        found["peak_of_a_step_bytes"] = _resident()["VmHWM"] - before
     (Path(spec["folder"]) / f"rank_{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     leave_group()
