@@ -134,7 +134,7 @@ def _make_random_models(config: RunConfig, packed: str) -> dict:
     import torch
     import transformers
 
-    from mbdist.convert import convert_model
+    from mbdist.convert import Conversion
     from mbdist.model.loading import load_tokenizer
     from mbdist.model.saving import save_model
 
@@ -145,10 +145,9 @@ def _make_random_models(config: RunConfig, packed: str) -> dict:
         transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
     )
     save_model(model, tokenizer, Path(config.model.path))
-    planes = config.convert.model_copy(update={"planes": 4, "init": "svid"})
-    for _ in convert_model(model, planes, [], torch.float32):
+    four_planes = config.convert.model_copy(update={"planes": 4, "init": "svid"})
+    for _ in Conversion(config.model, Path(packed), four_planes).run(tokenizer=tokenizer):
         pass
-    save_model(model, tokenizer, Path(packed))
     return {}
 
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mbdist.config.schema import ConvertConfig, ModelConfig
-from mbdist.convert import convert_model
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import boolean_layers
@@ -23,11 +22,10 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def converted(request, tmp_path_factory):
     """A multi-Boolean folder, in one file."""
-    model = models.small_model(request.param)
-    list(convert_model(model, ConvertConfig(init="svid")))
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    save_model(model, models.small_tokenizer(), folder)
-    return folder
+    folder = tmp_path_factory.mktemp(request.param)
+    _, model = models.convert(models.small_model(request.param), folder, ConvertConfig(init="svid"))
+    save_model(model, models.small_tokenizer(), folder / "model")
+    return folder / "model"
 
 
 def filled(source):
@@ -87,7 +85,7 @@ def test_experts_that_files_of_their_kind_keep_apart_are_found(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = MixtralConfig(**sizes, num_key_value_heads=4, num_local_experts=2, vocab_size=64)
     model = AutoModelForCausalLM.from_config(config).eval()
-    list(convert_model(model, ConvertConfig(init="svid")))
+    _, model = models.convert(model, tmp_path, ConvertConfig(init="svid"))
     save_model(model, None, tmp_path / "model")
     state = filled(ModelConfig(path=str(tmp_path / "model")))[2]
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -95,8 +93,7 @@ def test_experts_that_files_of_their_kind_keep_apart_are_found(tmp_path):
 
 @pytest.fixture
 def in_shards(tmp_path):
-    model = models.small_model()
-    list(convert_model(model, ConvertConfig(init="svid")))
+    _, model = models.convert(models.small_model(), tmp_path, ConvertConfig(init="svid"))
     state = {name: p.detach() for name, p in model.named_parameters()}
     save_gathered_model(model, None, tmp_path / "model", state, state.items(), shard_bytes=40_000)
     return tmp_path / "model"
