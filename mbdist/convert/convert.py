@@ -31,6 +31,7 @@ from mbdist.convert.reconstruction import reconstruct
 from mbdist.convert.shards import Shard, check_disk, cut_into_shards
 from mbdist.data.calibration import BATCH_TOKENS
 from mbdist.errors import UserError
+from mbdist.free_memory import give_back
 from mbdist.model.hashing import fingerprint_files, hash_tensors
 from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
@@ -145,6 +146,8 @@ class Conversion:
                         found = {name: next(initialized) for name in shard.layers}
                     assert list(found) == shard.layers, "the walk is at another block"
                     folder.write(number, *self._described(shard, found, output_error))
+                    del found
+                    give_back()
                 for report in folder.reports(number):
                     yield LayerReport(**{**report, "shape": tuple(report["shape"])})
             folder.finish(partial(self._save_rest, planes, tokenizer))

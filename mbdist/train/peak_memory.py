@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 from pathlib import Path
 
 import psutil
 import torch
+
+from mbdist.free_memory import give_back
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -18,7 +18,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
-        _give_back()
+        give_back()
         self._before = 0 if self._on_gpu else psutil.Process().memory_info().rss
 
     def restart(self) -> None:
@@ -26,7 +26,7 @@ class PeakMemory:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
             return
-        _give_back()
+        give_back()
         if sys.platform == "linux":
             _RESET.write_text("5")  # sets the peak to what is resident now
 
@@ -35,13 +35,6 @@ class PeakMemory:
         if self._on_gpu:
             return torch.cuda.max_memory_allocated()
         return _most_resident() - self._before
-
-
-def _give_back() -> None:
-    """Return memory that nobody refers to any more, which malloc would keep, to the system."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _most_resident() -> int:
