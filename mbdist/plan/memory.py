@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mbdist.config.schema import CommConfig, RunConfig
-from mbdist.convert.calibration import block_names
+from mbdist.convert.blocks import block_names
 from mbdist.engine.deepspeed_config import SMALL_FLOATS, largest_block, reduce_bucket
 from mbdist.model.layers import boolean_layers
 from mbdist.optim.boolean import BooleanOptimizer

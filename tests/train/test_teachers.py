@@ -11,7 +11,7 @@ import models
 import pytest
 import torch
 import yaml
-from test_run import planes_of, run_in_process
+from test_run import mbdist_train, planes_of
 from test_sharding import train
 
 from mbdist.comm.communicator import Communicator
@@ -191,7 +191,7 @@ def test_workers_write_a_cache_together_and_a_run_learns_from_it(tmp_path, llama
     assert done.returncode == 0 and "196 bytes a token" in done.stdout, done.stdout + done.stderr[-3000:]
     assert {file.name: file.read_bytes() for file in (tmp_path / "taught").glob("*.safetensors")} == parts
     settings["loss"] = {"cache": settings["loss"]["cache"], "teacher": "cached"}
-    run_in_process(settings, tmp_path)
+    mbdist_train(settings, tmp_path)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["perplexity"]["float"] == pytest.approx(header.held_out["perplexity"])
     steps = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "step"]
@@ -218,10 +218,10 @@ def test_a_packed_teacher_stays_packed(tmp_path, llama_folder):
     """Four planes of the teacher that a run converted to, of one plane's student."""
     teacher = short_text(tmp_path, model=llama_folder, convert={"planes": 4}, train={"steps": 0})
     teacher["run_dir"] = str(tmp_path / "teacher")
-    run_in_process(teacher, tmp_path)
+    mbdist_train(teacher, tmp_path)
     settings = short_text(tmp_path, model=llama_folder, convert={"planes": 1}, train={"steps": 1})
     settings["loss"] = {"teacher_model": {"path": str(tmp_path / "teacher/model")}}
-    run_in_process(settings, tmp_path)
+    mbdist_train(settings, tmp_path)
     records = list(read_metrics(tmp_path / "run/metrics.jsonl"))
     of_run, of_teacher = (json.loads((tmp_path / each / "summary.json").read_text()) for each in ("run", "teacher"))
     assert of_run["perplexity"]["float"] == pytest.approx(of_teacher["perplexity"]["converted"], rel=1e-4)
