@@ -32,13 +32,13 @@ from mbdist.convert.shards import Shard, check_disk, cut_into_shards
 from mbdist.data.calibration import BATCH_TOKENS
 from mbdist.errors import UserError
 from mbdist.free_memory import give_back
+from mbdist.model.float_weights import FloatWeights, safetensors_of
 from mbdist.model.hashing import fingerprint_files, hash_tensors
 from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.loading import empty_model, load_model, resolve_path
 from mbdist.model.quantizer import MultiBooleanConfig
 from mbdist.model.saving import replaced_folder
-from mbdist.model.weight_files import WeightFiles, safetensors_of
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
 
 _SQUARED_BATCHES = 8  # of 2048 tokens: vectors need fewer than X^T X, and a backward pass costs more
@@ -92,7 +92,7 @@ class Conversion:
         self.layers_of = layers_by_block(self.model, self.layers)
         self.shards = list(cut_into_shards(self.model, self.layers_of))
         files = safetensors_of(source)
-        self._weights = WeightFiles(source, files, self.model) if files else None
+        self._weights = FloatWeights(source, files, self.model) if files else None
         folder = partial_folder_of(output)
         check_disk(
             output,
@@ -187,7 +187,7 @@ class Conversion:
             error = of_layer.relative_error(self._weight(name))
             report = LayerReport(name, linear_shape(self.layers[name]), len(of_layer.planes), error, output_error)
             reports.append(vars(report))
-        return self._weights.as_saved({name: tensor.contiguous() for name, tensor in tensors.items()}), reports
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}, reports
 
     def _weight(self, name: str) -> torch.Tensor:
         (weight,) = self._weights.read(f"{name}.weight").values()
@@ -241,13 +241,13 @@ class Conversion:
             tokenizer.save_pretrained(folder)
 
 
-def _rewritten(source: ModelConfig, folder: Path) -> WeightFiles:
+def _rewritten(source: ModelConfig, folder: Path) -> FloatWeights:
     """The model as safetensors files, read whole where it has to be."""
     if not folder.is_dir():
         with replaced_folder(folder) as target:
             load_model(source).save_pretrained(target, max_shard_size="1GB")
     rewritten = ModelConfig(path=str(folder), trust_remote_code=source.trust_remote_code)
-    return WeightFiles(rewritten, safetensors_of(rewritten), empty_model(rewritten))
+    return FloatWeights(rewritten, safetensors_of(rewritten), empty_model(rewritten))
 
 
 def planes_of(layer: MultiBooleanLinear) -> PlaneSet:

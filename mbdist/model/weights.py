@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mbdist.config.schema import ModelConfig
 from mbdist.errors import UserError
-from mbdist.model.loading import clear_errors, resolve_path
+from mbdist.model.float_weights import safetensors_of
+from mbdist.model.loading import clear_errors
 from mbdist.model.tensor_files import StoredTensor, stored_tensors
 
 _CHUNK_BYTES = 16 << 20  # on their way from a file into a tensor
@@ -44,7 +44,8 @@ class WeightFiles:
         model: nn.Module,  # on whatever device: only names and shapes are looked at
     ):
         with clear_errors(source):
-            stored = {name: tensor for file in _files_of(source) for name, tensor in _tensors_in(file).items()}
+            files = safetensors_of(source)
+            stored = {name: tensor for file in files for name, tensor in _tensors_in(file).items()}
         self._tensors: dict[str, StoredTensor] = {}  # by every name of the model: a tied tensor has several
         problems = []
         for names, shape in _tensors_of(model):
@@ -81,18 +82,7 @@ class WeightFiles:
         return digest.hexdigest()
 
 
-def _files_of(source: ModelConfig) -> list[str]:
-    """Paths, of the hub's cache where it is a hub id."""
-    where = {"path_or_repo_id": resolve_path(source.path), "revision": source.revision or "main"}
-    whole = cached_file(**where, filename=SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if whole is not None:
-        return [whole]
-    with open(cached_file(**where, filename=SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as index:
-        names = sorted(set(json.load(index)["weight_map"].values()))
-    return [cached_file(**where, filename=name) for name in names]
-
-
-def _tensors_in(file: str) -> dict[str, StoredTensor]:
+def _tensors_in(file: Path) -> dict[str, StoredTensor]:
     try:
         return stored_tensors(file)
     except SafetensorError as error:

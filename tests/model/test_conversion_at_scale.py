@@ -21,10 +21,10 @@ from mbdist.convert.calibrated import OutputMetric
 from mbdist.convert.moments import squared_moments
 from mbdist.convert.partial_folder import partial_folder_of
 from mbdist.errors import UserError
+from mbdist.model.float_weights import FloatWeights, safetensors_of
 from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import convertible_layers
 from mbdist.model.loading import empty_model, load_model
-from mbdist.model.weight_files import WeightFiles, safetensors_of
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
@@ -45,7 +45,7 @@ def sharded(folder, **model):
 def test_an_empty_model_filled_from_files_is_the_model(architecture, tmp_path):
     source = ModelConfig(path=str(sharded(tmp_path / "float", architecture=architecture)))
     model, whole = empty_model(source), load_model(source)
-    weights = WeightFiles(source, safetensors_of(source), model)
+    weights = FloatWeights(source, safetensors_of(source), model)
     state = whole.state_dict()
     for name, tensor in weights.read(*state).items():
         assert torch.equal(tensor, state.pop(name))
@@ -78,7 +78,7 @@ def test_moments_taken_block_by_block_are_those_of_one_pass_bit_for_bit(architec
         loss.backward()
 
     model = empty_model(source)
-    weights = WeightFiles(source, safetensors_of(source), model)
+    weights = FloatWeights(source, safetensors_of(source), model)
 
     def hold(parts):
         return weights.filled(model, parts, linear_dtype=dtype)

@@ -23,7 +23,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -58,7 +57,7 @@ def safetensors_of(source: ModelConfig) -> list[Path]:
     return files
 
 
-class WeightFiles:
+class FloatWeights:
     """Tensors (fp32) of a model by the model's own names.
 
     Raises UserError, from the files' headers alone, where a weight is missing or its shape is not the config's.
@@ -140,10 +139,6 @@ class WeightFiles:
         finally:
             for module, leaf, name in places:
                 setattr(module, leaf, empty[name])
-
-    def as_saved(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by the model's names under the names that its checkpoints have."""
-        return revert_weight_conversion(self._empty, tensors)
 
     @contextmanager
     def _opened(self, file: Path) -> Iterator:
