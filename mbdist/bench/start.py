@@ -32,6 +32,7 @@ SHAPES = {  # of transformers' LlamaConfig
         "1b": (2048, 5504, 24, 16),
         "3b": (3200, 8640, 26, 32),
         "7b": (4096, 11008, 32, 32),
+        "13b": (5120, 13824, 40, 40),
     }.items()
 }
 
@@ -55,6 +56,7 @@ def bench_start(
     planes: int,
     ranks: int,
     steps: int,  # to take after the start
+    dense: bool,  # DeepSpeed's bf16 training of a float model of the shape instead
     scratch: Path | None,  # for the model; it is large
     json_file: Path | None,
 ) -> dict:
@@ -72,7 +74,9 @@ def bench_start(
         }
         spec = Path(folder) / "spec.json"
         run = changed_config(config, _SETTINGS | settings).model_copy(update={"run_dir": f"{folder}/run"})
-        spec.write_text(json.dumps({"config": run.model_dump(mode="json"), "steps": steps, "folder": folder}))
+        spec.write_text(
+            json.dumps({"config": run.model_dump(mode="json"), "steps": steps, "dense": dense, "folder": folder})
+        )
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         done = subprocess.run(
             [sys.executable, *torchrun, "-m", "mbdist.bench.start", str(spec)], stderr=subprocess.PIPE, text=True
@@ -81,7 +85,14 @@ def bench_start(
             raise RunError(f"the ranks did not start:\n{done.stderr[-4000:]}")
         of_ranks = [json.loads((Path(folder) / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
         model_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    result = {"shape": shape, "planes": planes, "zero_stage": 3, "model_bytes": model_bytes, "ranks": of_ranks}
+    result = {
+        "shape": shape,
+        "planes": planes,
+        "dense": dense,
+        "zero_stage": 3,
+        "model_bytes": model_bytes,
+        "ranks": of_ranks,
+    }
     names = [name for name in of_ranks[0] if name.endswith("_bytes")]
     table = Table("GB", *(f"rank {rank}" for rank in range(ranks)))
     for name in names:
@@ -89,11 +100,12 @@ def bench_start(
     for name in ("start_s", "step_s"):
         if name in of_ranks[0]:
             table.add_row(name, *(f"{of_rank[name]:.2f}" for of_rank in of_ranks))
-    console.print(f"{shape}, K = {planes}: {model_bytes / 1e9:.3f} GB of weights")
+    kind = "dense bf16 with AdamW" if dense else f"K = {planes}: {model_bytes / 1e9:.3f} GB of weights"
+    console.print(f"{shape}, {kind}")
     console.print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for rank, found in enumerate(of_ranks):
+    for rank, found in enumerate(of_ranks if not dense else []):
         allowed = found["after_start_bytes"] + found["one_layer_bytes"] + _BUFFERS
         if found["peak_while_starting_bytes"] > allowed:
             raise RunError(f"rank {rank} held more while it started than it holds now and one layer")
@@ -182,6 +194,12 @@ def main(spec_file: str) -> None:
     before, read_before = _resident()["VmRSS"], _read()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     started = time.perf_counter()
+    if spec["dense"]:
+        found = {"before_bytes": before, **_measure_dense(config, device, spec["steps"], before)}
+        (Path(spec["folder"]) / f"rank_{rank}.json").write_text(json.dumps(found))
+        dist.barrier()
+        leave_group()
+        return
     metrics = MetricsWriter(Path(spec["folder"]) / "metrics.jsonl", active=False)
     trainer = Trainer(config, device, Communicator(config.comm.timeout_s), metrics)
     start_s = time.perf_counter() - started
@@ -202,6 +220,7 @@ def main(spec_file: str) -> None:
     if spec["steps"]:
         trainer.engine.module.train()
         trainer.take_bytes()
+        trainer.peak_memory.restart()
         found["step_s"] = statistics.median(seconds_of(trainer.step, range(spec["steps"])))
         sent = trainer.take_bytes()[0]
         found["signal_bytes"] = sent.get("signal", 0) // max(1, spec["steps"] - 1)  # the first step only measures
@@ -209,6 +228,26 @@ def main(spec_file: str) -> None:
     (Path(spec["folder"]) / f"rank_{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     leave_group()
+
+
+def _measure_dense(config: RunConfig, device, steps: int, before: int) -> dict:
+    """A model of the shape with random weights, materialised partitioned, all linear layers training."""
+    from transformers import AutoModelForCausalLM
+
+    from mbdist.bench.train import DenseTrainer
+    from mbdist.engine.dense import made_partitioned
+    from mbdist.model.loading import load_model_config
+
+    architecture = load_model_config(config.model)
+    del architecture.quantization_config
+    started = time.perf_counter()
+    student = made_partitioned(lambda: AutoModelForCausalLM.from_config(architecture), config)
+    dense = DenseTrainer(config, device, student)
+    found = {"after_start_bytes": _resident()["VmRSS"] - before, "start_s": time.perf_counter() - started}
+    found["linear_weights"] = dense.linear_weights
+    if steps:
+        found["step_s"] = statistics.median(seconds_of(dense.step, range(steps)))
+    return found | {"peak_of_a_step_bytes": _resident()["VmHWM"] - before}
 
 
 def _one_layer(layers: dict) -> int:

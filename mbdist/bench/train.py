@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,9 @@ from rich.table import Table
 from mbdist.bench.process import in_own_process, one_process_trainer, seconds_of
 from mbdist.config import RunConfig
 from mbdist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WARM_UP_STEPS = 2  # the first builds kernels and measures curvature only
 
@@ -119,7 +123,8 @@ class DenseTrainer:
     """A run's data, teacher and loss around a dense student under DeepSpeed bf16: what a user would do without this
     project. Trains the linear weights that would be converted, and ``floats.also_train``."""
 
-    def __init__(self, config: RunConfig, device):
+    def __init__(self, config: RunConfig, device, student: PreTrainedModel | None = None):
+        """``student``: instead of the one that ``config.model`` names; ZeRO-3 has partitioned it."""
         from mbdist.comm.communicator import Communicator
         from mbdist.data import Batches, load_corpus
         from mbdist.engine.dense import DenseEngine
@@ -134,14 +139,17 @@ class DenseTrainer:
         communicator = Communicator(config.comm.timeout_s)
         self.config, self.device = config, device
         dtype = compute_dtype(config.train.precision, device)
-        student = load_model(config.model).to(device)
-        choose_trained_floats(student, config.floats.also_train, dtype)
+        if student is None:
+            student = load_model(config.model).to(device)
+            choose_trained_floats(student, config.floats.also_train, dtype)
+        else:
+            student.requires_grad_(False)
         if config.train.activation_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False})
         linear = list(convertible_layers(student, config.convert.include, config.convert.exclude).values())
         for layer in linear:
             layer.requires_grad_(True)
-        self.linear_weights = sum(layer.weight.numel() for layer in linear)
+        self.linear_weights = sum(getattr(layer.weight, "ds_numel", layer.weight.numel()) for layer in linear)
         source = teacher_source(config)
         self.teacher = live_teacher(source, "resident", device, dtype) if source is not None else None
         self.readout = Readout(student)

@@ -196,10 +196,11 @@ def start(
     config: Annotated[str, typer.Option(help="Run config whose tokenizer, data and optimizers are used.")] = (
         "configs/comm.yaml"
     ),
-    shape: Annotated[str, typer.Option(help="Of the LLaMA: 10m, 300m, 1b, 3b, 7b.")] = "7b",
+    shape: Annotated[str, typer.Option(help="Of the LLaMA: 10m, 300m, 1b, 3b, 7b, 13b.")] = "7b",
     planes: Annotated[int, typer.Option(min=1, max=8, help="K.")] = 2,
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[int, typer.Option(min=0, help="Steps to take after the start.")] = 0,
+    dense: Annotated[bool, typer.Option("--dense", help="DeepSpeed's bf16 and AdamW instead, as a baseline.")] = False,
     scratch: Annotated[Path | None, typer.Option(help="Folder for the model, which has K bits a weight.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
@@ -213,7 +214,7 @@ def start(
     _check_folder(json_file)
     if shape not in SHAPES:
         raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
-    bench_start(load_config(config, overrides or []), shape, planes, ranks, steps, scratch, json_file)
+    bench_start(load_config(config, overrides or []), shape, planes, ranks, steps, dense, scratch, json_file)
 
 
 @app.command()

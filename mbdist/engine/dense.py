@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import deepspeed
 import torch
 from torch import nn
@@ -10,6 +12,14 @@ from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config
 from mbdist.engine.float_optimizer import optimizer_bytes
 from mbdist.engine.zero3 import keep_resident
+
+
+def made_partitioned(make: Callable[[], nn.Module], config: RunConfig) -> nn.Module:
+    """The model that ``make`` makes, in bf16, every parameter cut over the ranks by ZeRO-3 as soon as it is there."""
+    settings = deepspeed_config(config)
+    settings["bf16"] = {"enabled": True}
+    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
+        return make()
 
 
 class DenseEngine:
