@@ -22,6 +22,8 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
     workers = config.cluster.most_workers
     if workers % nodes:
         raise UserError(f"cluster.workers = {workers} cannot be shared by --nodes {nodes}: set cluster.workers")
+    if config.comm.node_size == "auto":
+        config = config.changed({"comm.node_size": workers // nodes})
     rate = link_rate(link)
     hardware = gpu_named(gpu) if gpu != "cpu" else None
     precision = "bf16" if hardware and config.train.precision == "auto" else config.train.precision

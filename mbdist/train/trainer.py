@@ -170,7 +170,8 @@ class Trainer:
         )
 
     def _plan_memory(self) -> MemoryPlan:
-        planned = planned_model(self.config, student_source(self.config))
+        config = self.config.changed({"comm.node_size": node_size(self.config.comm)})
+        planned = planned_model(config, student_source(config))
         return plan_memory(planned, self.communicator.world_size, self.dtype, self.device.type)
 
     # Forward passes.
