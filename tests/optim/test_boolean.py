@@ -353,7 +353,8 @@ def test_an_int4_accumulator_takes_half_a_byte_here_and_in_a_checkpoint(tmp_path
     pieces = optimizers["int4"].state_pieces()
     assert sum(piece.values.nbytes for piece in pieces if piece.name.startswith("accumulator/")) == weights // 2
     writer = CheckpointWriter(tmp_path, CheckpointConfig(), 0, 1, "a", lambda *_, **__: None)
-    writer.save(2, optimizers["int8"].state_pieces(), {"step": 2}, wait=True)
+    writer.save(2, optimizers["int8"].state_pieces(), {"step": 2})
+    writer.wait()
     with pytest.raises(UserError, match=r"accumulators of torch.int8, and boolean.accumulator = int4"):
         optimizers["int4"].load_state(optimizers["int8"].shared_state(), Checkpoint(tmp_path / "step_2"))
 

@@ -74,7 +74,7 @@ def oracle(student, teacher, ids, learned, config):
 @pytest.mark.parametrize("block_bytes", [1 << 20, 600])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_matches_float64_autograd(monkeypatch, config, block_bytes):
-    monkeypatch.setitem(readout_module._BLOCK_BYTES, "cpu", block_bytes)
+    monkeypatch.setitem(readout_module.BLOCK_BYTES, "cpu", block_bytes)
     student, teacher, ids, learned = example()
     student.requires_grad_()
     total, kl, ce = loss_of(student, teacher, ids, learned, config)

@@ -197,7 +197,7 @@ def test_a_run_dir_that_cannot_be_written(tmp_path, llama_folder):
 def test_the_command_line_app_has_every_verb():
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     expected = {"convert", "train", "eval", "generate", "launch", "job", "status", "config", "env", "bench", "tune"}
-    assert names == expected | {"teacher"}
+    assert names == expected | {"plan", "teacher"}
 
 
 def test_a_line_of_metrics_that_a_full_disk_cut_is_lost_alone(tmp_path):
