@@ -141,7 +141,7 @@ def test_a_head_that_trains_moves_alike_under_zero_3(tmp_path, llama_folder):
         train(tmp_path, llama_folder, workers, stage, sections=sections, steps=1)
         model = load_model(ModelConfig(path=str(tmp_path / f"{workers}x{stage}/model")))
         moved[workers] = model.model.embed_tokens.weight - before
-    assert moved[1].abs().mean() > 1e-3
+    assert moved[1].abs().mean() > 5e-5
     # AdamW's first step is the sign of the gradient, so a gradient of almost 0 may fall either way
     assert ((moved[2] - moved[1]).abs() > 1e-5).float().mean() < 1e-2
 
