@@ -24,6 +24,7 @@ from mbdist.plan.paper_communicator import PaperCommunicator
 from mbdist.train.readout import BLOCK_BYTES, chunk_tokens
 
 _FP32 = 4
+_TRACED_WORKERS = 16  # contributions are decoded one after the other: a thousand take no more memory, only time
 _ROWS_AT_WORK = 6  # fp32 copies of a block of logits that are alive together
 _ON_FIRST_USE = {"cpu": 64 << 20, "cuda": 0}  # what DeepSpeed, oneDNN and gloo take from a process
 
@@ -70,7 +71,8 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, 
         "teacher": _teacher_bytes(planned.teacher_model(dtype), config),
     }
     block, outside = _gathered_bytes(student, boolean, config) if config.cluster.zero_stage == 3 else (0, 0)
-    activations, temporaries = _activation_bytes(student, boolean, config, dtype, memory)
+    sink = boolean if workers <= _TRACED_WORKERS else _optimizer(student, config, _TRACED_WORKERS)
+    activations, temporaries = _activation_bytes(student, sink, config, dtype, memory)
     largest = max(layer.num_weights for layer in boolean.layers.values())
     kept["scratch"] = largest * dtype.itemsize
     kept["libraries"] = _ON_FIRST_USE[device]
