@@ -35,7 +35,9 @@ class _AgreeingCommunicator(Communicator):
 def dry_run(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
     """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``, and ``sent`` for
     one micro-batch by phase (DeepSpeed's by operation); ``seconds`` that the dry run took."""
-    return in_own_process(_dry_run, planned.config.at_size(workers), str(dtype).removeprefix("torch."))
+    here = {"cluster.device": "cpu", "boolean.offload_accumulators": False, "train.offload_activations": False}
+    config = planned.config.at_size(workers).changed(here)
+    return in_own_process(_dry_run, config, str(dtype).removeprefix("torch."))
 
 
 def _dry_run(config: RunConfig, dtype_name: str) -> dict:
@@ -43,7 +45,6 @@ def _dry_run(config: RunConfig, dtype_name: str) -> dict:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(workers), DS_ACCELERATOR="cpu")
     dist.init_process_group("fake", rank=0, world_size=workers, store=FakeStore())
     dtype = getattr(torch, dtype_name)
-    config = config.changed({"boolean.offload_accumulators": False, "train.offload_activations": False})
     with init_empty_weights(include_buffers=False):
         student = planned_model(config).student(dtype)
     found = with_fake_tensors(lambda memory: _start_and_step(student, config, dtype, memory))
