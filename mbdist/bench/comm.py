@@ -72,7 +72,8 @@ def bench_comm(
                         if resident == "none" and count == min(ranks):
                             result["time"] += _time_rows(stage, codec, slow, ours, dense)
                     if everything and count == min(ranks):
-                        run = changed_config(_on(base, count, stage), {"floats.also_train": ["*"]})
+                        floats = base.floats.model_copy(update={"also_train": ["*"]})
+                        run = _on(base.model_copy(update={"floats": floats}), count, stage)
                         dense = _run("dense", run, hosts, [0], ["fp32"])
                         ours = _run("boolean", run, hosts, [0], [codec])
                         result["bytes"] += _bytes_rows(count, stage, "none", "everything", [codec], ours, dense)
