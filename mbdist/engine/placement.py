@@ -7,8 +7,6 @@ Nothing is sent: ranks have agreed before that their files are the same.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
 
 import deepspeed
@@ -20,11 +18,10 @@ from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.zero3 import keep_resident
+from mbdist.free_memory import giving_back_at_once
 from mbdist.model.layers import boolean_layers
 from mbdist.model.weights import Weights
 from mbdist.optim.boolean import plane_sets
-
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def place(
@@ -62,24 +59,9 @@ def place(
         weights.fill(name, 0, values.view(-1))
         return values
 
-    with _freed_memory_given_back():
+    with giving_back_at_once():
         _remake(student, "_parameters", parameter)
         _remake(student, "_buffers", buffer)
-
-
-@contextlib.contextmanager
-def _freed_memory_given_back() -> Iterator[None]:
-    """glibc would keep what was freed between tensors that stay, a tenth of a model of 3 B weights. Within, all but
-    small blocks are pages of their own; afterwards those above 32 MiB are, where its own rule ends too."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
-    if mallopt is None:
-        yield
-        return
-    mallopt(_MMAP_THRESHOLD, 128 << 10)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def _remake(model: nn.Module, kind: str, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
