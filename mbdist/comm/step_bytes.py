@@ -55,7 +55,6 @@ def step_bytes(
     comm: CommConfig,  # node_size as a number or None
     micro_batches: int = 1,  # a rank
     flip_rate: float = 0.0,  # flips a trained weight in this step
-    recompute: bool = False,  # activation checkpointing: blocks go forward twice
 ) -> dict[str, int]:
     """{phase: bytes that a rank sends}; phases as in metrics.jsonl, DeepSpeed's by what they carry."""
     others = (ranks - 1) / ranks
@@ -83,8 +82,8 @@ def step_bytes(
         gathered = model.planes - resident[comm.resident_planes]
         if comm.resident_floats == "none":
             found["frozen floats"] = micro_batches * others * model.frozen_gathered
-        passes = 2 + recompute  # forward and backward
-        found["planes"] = passes * micro_batches * others * gathered * model.plane_bytes
+        # Forward and backward: what is computed again uses what backward gathered (of all blocks but the first).
+        found["planes"] = 2 * micro_batches * others * gathered * model.plane_bytes
     return {phase: round(size) for phase, size in found.items()}
 
 

@@ -62,15 +62,7 @@ def plan_step(
     """Of a run on so many workers, one a GPU."""
     config = planned.config.at_size(workers)
     model = trained_model(planned)
-    sent = step_bytes(
-        model,
-        workers,
-        config.cluster.zero_stage,
-        config.comm,
-        config.accumulation,
-        _FLIP_RATE,
-        config.train.activation_checkpointing,
-    )
+    sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation, _FLIP_RATE)
     return StepPlan(
         config.tokens_per_step,
         sent,

@@ -66,18 +66,11 @@ def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers,
     in_backward = plan.of_the_student + plan.activations + sum(plan.backward.values())
     assert plan.of_the_student == pytest.approx(found["kept"], rel=0.05)
     assert in_backward == pytest.approx(found["peak"], rel=0.2)
-    sent = step_bytes(
-        trained_model(planned),
-        workers,
-        stage,
-        planned.config.comm,
-        recompute=planned.config.train.activation_checkpointing,
-    )
+    sent = step_bytes(trained_model(planned), workers, stage, planned.config.comm)
     assert sent["signal"] == found["sent"].get("signal", 0)
     if stage == 3:
         gathered = sum(sent.get(phase, 0) for phase in ("planes", "frozen floats"))
-        # What a block computes again and its backward pass may share one gather: DeepSpeed decides.
-        tolerance = 0.2 if checkpointing else 0.05
+        tolerance = 0.25 if checkpointing else 0.05  # one of these four blocks is gathered to be computed again
         assert gathered == pytest.approx(found["sent"]["deepspeed_all_gather_into_tensor"], rel=tolerance)
 
 
