@@ -42,7 +42,7 @@ def struck_worker(settings):
         return do_step(self, number)
 
     trainer.Trainer.step = step
-    strike(trainer, "distillation_loss", "forward", 1, 2, now)  # the loss is the end of the forward pass
+    strike(trainer, "token_loss", "forward", 1, 2, now)  # the loss is the end of the forward pass
     strike(Communicator, "all_to_all", "all-to-all", 0, 4, now)
     strike(Communicator, "all_gather", "flip exchange", 1, 6, now, when=lambda *call: call[-1] == "flips")
     # All shards are written, and the folder is not complete.
