@@ -35,7 +35,7 @@ def place(
     saved = student.state_dict().keys()
     partitioned = config.cluster.zero_stage == 3
     if partitioned:
-        keep_resident(student, _resident(student, config))
+        keep_resident(student, resident_parameters(student, config))
         settings = deepspeed_config(config, device.type, largest_block(student.named_parameters()))
         deepspeed.init_distributed()  # takes over the group that is there
         zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
@@ -76,7 +76,7 @@ def _remake(model: nn.Module, kind: str, make: Callable[[str, torch.Tensor], tor
                 tensors[leaf] = made[tensor]
 
 
-def _resident(student: nn.Module, config: RunConfig) -> Iterator[nn.Parameter]:
+def resident_parameters(student: nn.Module, config: RunConfig) -> Iterator[nn.Parameter]:
     """What ZeRO-3 leaves whole on every rank."""
     planes, floats = config.comm.resident_planes, config.comm.resident_floats
     for _, layer in boolean_layers(student):

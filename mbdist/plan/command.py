@@ -43,7 +43,7 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
     if hardware is None:
         console.print("besides the interpreter and its libraries; no time is planned on a CPU")
         return True
-    step_table(console, plan_step(planned, workers, workers // nodes, hardware, rate))
+    step_table(console, plan_step(planned, model, workers, workers // nodes, hardware, rate))
 
     def fits(total: int) -> bool:
         return total <= hardware.usable_bytes

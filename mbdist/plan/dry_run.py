@@ -105,10 +105,11 @@ def show_dry_run(console: Console, planned: PlannedModel, workers: int, dtype: t
     """Run it and print it beside the plan."""
     found = dry_run(planned, workers, dtype)
     table = Table(f"dry run, {found['seconds']:.0f} s", "GiB", "planned")
-    kept, in_backward = plan.of_the_student, plan.of_the_student + plan.activations + sum(plan.backward.values())
-    table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{kept / 2**30:,.2f}")
+    table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{plan.of_the_student / 2**30:,.2f}")
     table.add_row("while starting", f"{found['start_peak'] / 2**30:,.2f}", "")
-    table.add_row("in the last block's backward", f"{found['peak'] / 2**30:,.2f}", f"{in_backward / 2**30:,.2f}")
+    table.add_row(
+        "in the last block's backward", f"{found['peak'] / 2**30:,.2f}", f"{plan.student_in_backward / 2**30:,.2f}"
+    )
     for phase, size in found["sent"].items():
         table.add_row(f"sent: {phase.replace('_', ' ')}", f"{size / 2**30:,.3f}", "")
     console.print(table)

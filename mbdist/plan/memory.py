@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import CommConfig, RunConfig
 from mbdist.convert.blocks import block_names
 from mbdist.engine.deepspeed_config import SMALL_FLOATS, largest_block, reduce_bucket
+from mbdist.engine.placement import resident_parameters
 from mbdist.model.layers import boolean_layers
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.plan.fake import LiveMemory, with_fake_tensors
@@ -48,6 +50,11 @@ class MemoryPlan:
         """Kept between steps, besides the teacher and what operations keep for themselves."""
         return sum(size for name, size in self.kept.items() if name not in ("teacher", "scratch", "libraries"))
 
+    @property
+    def student_in_backward(self) -> int:
+        """``of_the_student``, and what the last block's backward holds besides."""
+        return self.of_the_student + self.activations + sum(self.backward.values())
+
     def categories(self) -> dict[str, int]:
         """What is held at the fullest moment."""
         fuller = max(self.loss, self.backward, key=lambda moment: sum(moment.values()))
@@ -64,13 +71,14 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, 
     config = planned.config.at_size(workers)
     student = planned.student(dtype)
     boolean = _optimizer(student, config, workers)
+    resident = set(resident_parameters(student, config))
     kept = {
-        **_parameter_bytes(student, boolean, config, workers),
+        **_parameter_bytes(student, resident, config, workers),
         **boolean.state_bytes(),
         **_accumulators_on_device(boolean, config),
         "teacher": _teacher_bytes(planned.teacher_model(dtype), config),
     }
-    block, outside = _gathered_bytes(student, boolean, config) if config.cluster.zero_stage == 3 else (0, 0)
+    block, outside = _gathered_bytes(student, resident) if config.cluster.zero_stage == 3 else (0, 0)
     sink = boolean if workers <= _TRACED_WORKERS else _optimizer(student, config, _TRACED_WORKERS)
     activations, temporaries = _activation_bytes(student, sink, config, dtype, memory)
     largest = max(layer.num_weights for layer in boolean.layers.values())
@@ -109,40 +117,31 @@ def _accumulators_on_device(boolean: BooleanOptimizer, config: RunConfig) -> dic
     return {"accumulators": min(sum(sizes), 2 * max(sizes)) if config.boolean.offload_accumulators else sum(sizes)}
 
 
-def _resident(config: RunConfig, boolean: BooleanOptimizer) -> set[int]:
-    """ids of planes that stay whole under stage 3."""
-    kind = config.comm.resident_planes
-    trained = {id(entry.layer.planes[k]) for entry in boolean.accumulated for k in entry.planes}
-    planes = [plane for layer in boolean.layers.values() for plane in layer.planes]
-    return {id(plane) for plane in planes if kind == "all" or (kind == "frozen" and id(plane) not in trained)}
+def _part(count: int, workers: int) -> int:
+    """Elements of a worker's part of a tensor: DeepSpeed's cut."""
+    return WordPartition(count, workers).words_per_rank
 
 
 def _parameter_bytes(
-    student: PreTrainedModel, boolean: BooleanOptimizer, config: RunConfig, workers: int
+    student: PreTrainedModel, resident: set[nn.Parameter], config: RunConfig, workers: int
 ) -> dict[str, int]:
     """Planes, floats, and what DeepSpeed keeps of the trained floats."""
     stage = config.cluster.zero_stage
-    resident = _resident(config, boolean)
-
-    def part(count: int) -> int:
-        return -(-count // workers)
 
     found = dict.fromkeys(("planes", "frozen_floats", "trained_floats_and_moments", "gradients"), 0)
     trained = 0
     for parameter in student.parameters():
-        whole = stage < 3 or id(parameter) in resident
-        if parameter.dtype == torch.int32:
-            found["planes"] += _FP32 * (parameter.numel() if whole else part(parameter.numel()))
-        elif not parameter.requires_grad:
-            whole = stage < 3 or config.comm.resident_floats == "frozen"
-            count = parameter.numel() if whole else part(parameter.numel())
-            found["frozen_floats"] += parameter.element_size() * count
+        if not parameter.requires_grad:
+            whole = stage < 3 or parameter in resident
+            count = parameter.numel() if whole else _part(parameter.numel(), workers)
+            kind = "planes" if parameter.dtype == torch.int32 else "frozen_floats"
+            found[kind] += parameter.element_size() * count
         else:
             trained += parameter.numel()
             if stage == 3:
                 persistent = parameter.numel() if parameter.numel() <= SMALL_FLOATS else 0
-                found["trained_floats_and_moments"] += _FP32 * (part(parameter.numel()) + persistent)
-    own = trained if stage == 0 else part(trained)
+                found["trained_floats_and_moments"] += _FP32 * (_part(parameter.numel(), workers) + persistent)
+    own = trained if stage == 0 else _part(trained, workers)
     values = 0 if stage == 3 else trained
     masters = 0 if stage == 0 else own
     found["trained_floats_and_moments"] += _FP32 * (values + masters + 2 * own)
@@ -151,17 +150,11 @@ def _parameter_bytes(
     return found
 
 
-def _gathered_bytes(student: PreTrainedModel, boolean: BooleanOptimizer, config: RunConfig) -> tuple[int, int]:
+def _gathered_bytes(student: PreTrainedModel, resident: set[nn.Parameter]) -> tuple[int, int]:
     """Under stage 3: (of the blocks that DeepSpeed may hold at a time, of the largest parameter outside of blocks)."""
-    resident = _resident(config, boolean)
-    frozen_stay = config.comm.resident_floats == "frozen"
 
     def moves(parameter: nn.Parameter) -> bool:
-        if parameter.dtype == torch.int32:
-            return id(parameter) not in resident
-        if not parameter.requires_grad:
-            return not frozen_stay
-        return parameter.numel() > SMALL_FLOATS
+        return parameter.numel() > SMALL_FLOATS if parameter.requires_grad else parameter not in resident
 
     gathered = [(name, p) for name, p in student.named_parameters() if moves(p)]
     block = largest_block(gathered)
@@ -217,7 +210,7 @@ def _teacher_bytes(teacher: PreTrainedModel | None, config: RunConfig) -> int:
     if config.loss.teacher_placement == "resident":
         return sum(parameter.nbytes for parameter in teacher.parameters())
     workers = config.cluster.most_workers
-    parts = sum(-(-p.numel() // workers) * p.element_size() for p in teacher.parameters())
+    parts = sum(_part(p.numel(), workers) * p.element_size() for p in teacher.parameters())
     blocks = largest_block(teacher.named_parameters()) * max(p.element_size() for p in teacher.parameters())
     return parts + max(3 * blocks, teacher.get_output_embeddings().weight.nbytes)
 

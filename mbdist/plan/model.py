@@ -26,10 +26,6 @@ class PlannedModel:
     planes: dict[str, int]  # by layer, of a model that is multi-Boolean already
     teacher: PreTrainedConfig | None
 
-    @property
-    def vocabulary(self) -> int:
-        return self.architecture.get_text_config(decoder=True).vocab_size
-
     def student(self, dtype: torch.dtype) -> PreTrainedModel:
         """Multi-Boolean, with what trains requiring gradients, frozen floats in ``dtype``."""
         model = _fake_model(self.architecture, dtype, self.config.model)

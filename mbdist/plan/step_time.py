@@ -54,6 +54,7 @@ def trained_model(planned: PlannedModel) -> TrainedModel:
 
 def plan_step(
     planned: PlannedModel,
+    model: TrainedModel,  # of ``planned``
     workers: int,
     workers_a_machine: int,
     gpu: Gpu,
@@ -61,7 +62,6 @@ def plan_step(
 ) -> StepPlan:
     """Of a run on so many workers, one a GPU."""
     config = planned.config.at_size(workers)
-    model = trained_model(planned)
     sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation, _FLIP_RATE)
     return StepPlan(
         config.tokens_per_step,
