@@ -21,6 +21,7 @@ from mbdist.bench.process import seconds_of
 from mbdist.bench.quality import changed_config
 from mbdist.config import RunConfig, parse_config
 from mbdist.errors import RunError
+from mbdist.train.peak_memory import forget_peak, resident_bytes
 
 SHAPES = {  # of transformers' LlamaConfig
     name: dict(
@@ -159,12 +160,6 @@ def write_random_model(config: str, shape: str, planes: int, folder: str) -> Non
     save_gathered_model(model, tokenizer, Path(folder), layout, content())
 
 
-def _resident() -> dict[str, int]:
-    """Bytes of this process now (VmRSS) and at most (VmHWM)."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[0] in ("VmRSS:", "VmHWM:")}
-
-
 def _read() -> int:
     """Bytes that this process has read from files so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
@@ -191,8 +186,8 @@ def main(spec_file: str) -> None:
         if (rank == 0) == (turn == 0):
             load_corpus(config.data, load_tokenizer(config.model))
         dist.barrier()
-    before, read_before = _resident()["VmRSS"], _read()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before, read_before = resident_bytes()[0], _read()
+    forget_peak()
     started = time.perf_counter()
     if spec["dense"]:
         found = {"before_bytes": before, **_measure_dense(config, device, spec["steps"], before)}
@@ -203,17 +198,17 @@ def main(spec_file: str) -> None:
     metrics = MetricsWriter(Path(spec["folder"]) / "metrics.jsonl", active=False)
     trainer = Trainer(config, device, Communicator(config.comm.timeout_s), metrics)
     start_s = time.perf_counter() - started
-    held, read = _resident(), _read() - read_before
+    (held, most), read = resident_bytes(), _read() - read_before
     for entry in trainer.boolean.accumulated:
         entry.accumulator.zero_()  # pages that nobody wrote are not there yet
     categories = trainer.memory_bytes()
     found = {
         "before_bytes": before,
-        "after_start_bytes": held["VmRSS"] - before,
-        "peak_while_starting_bytes": held["VmHWM"] - before,
+        "after_start_bytes": held - before,
+        "peak_while_starting_bytes": most - before,
         "read_bytes": read,
         "one_layer_bytes": _one_layer(trainer.boolean.layers),
-        "steady_state_bytes": _resident()["VmRSS"] - before,
+        "steady_state_bytes": resident_bytes()[0] - before,
         **{f"{name}_bytes": size for name, size in categories.items() if name != "process" and size},
         "start_s": start_s,
     }
@@ -224,7 +219,7 @@ def main(spec_file: str) -> None:
         found["step_s"] = statistics.median(seconds_of(trainer.step, range(spec["steps"])))
         sent = trainer.take_bytes()[0]
         found["signal_bytes"] = sent.get("signal", 0) // max(1, spec["steps"] - 1)  # the first step only measures
-        found["peak_of_a_step_bytes"] = _resident()["VmHWM"] - before
+        found["peak_of_a_step_bytes"] = resident_bytes()[1] - before
     (Path(spec["folder"]) / f"rank_{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     leave_group()
@@ -243,11 +238,11 @@ def _measure_dense(config: RunConfig, device, steps: int, before: int) -> dict:
     started = time.perf_counter()
     student = made_partitioned(lambda: AutoModelForCausalLM.from_config(architecture), config)
     dense = DenseTrainer(config, device, student)
-    found = {"after_start_bytes": _resident()["VmRSS"] - before, "start_s": time.perf_counter() - started}
+    found = {"after_start_bytes": resident_bytes()[0] - before, "start_s": time.perf_counter() - started}
     found["linear_weights"] = dense.linear_weights
     if steps:
         found["step_s"] = statistics.median(seconds_of(dense.step, range(steps)))
-    return found | {"peak_of_a_step_bytes": _resident()["VmHWM"] - before}
+    return found | {"peak_of_a_step_bytes": resident_bytes()[1] - before}
 
 
 def _one_layer(layers: dict) -> int:

@@ -68,6 +68,20 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def put_empty_layers(model: nn.Module, planes: dict[str, int]) -> None:
+    """Multi-Boolean layers without content, of so many ``planes`` by name, in the place of linear ones.
+
+    Raises ValueError where a name is none of a linear layer.
+    """
+    for name, num_planes in planes.items():
+        original = model.get_submodule(name)
+        if not is_linear(original):
+            raise ValueError(f"{name} is listed as multi-Boolean, but is a {type(original).__name__} in this model")
+        out_features, in_features = linear_shape(original)
+        bias, dtype = original.bias is not None, original.weight.dtype
+        replace_module(model, name, MultiBooleanLinear(in_features, out_features, num_planes, bias, dtype=dtype))
+
+
 def boolean_layers(model: nn.Module) -> Iterator[tuple[str, MultiBooleanLinear]]:
     """The multi-Boolean layers by name, in model order."""
     for name, module in model.named_modules():

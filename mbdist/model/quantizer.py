@@ -10,8 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mbdist.model.layers import is_linear, linear_shape, replace_module
-from mbdist.model.linear import MultiBooleanLinear
+from mbdist.model.layers import put_empty_layers
 
 QUANT_METHOD = "mbdist"
 
@@ -33,15 +32,8 @@ class MultiBooleanQuantizer(HfQuantizer):
     requires_calibration = True  # a float model is converted by `mbdist convert`, not on loading
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        for name, num_planes in self.quantization_config.planes.items():
-            original = model.get_submodule(name)
-            if not is_linear(original):
-                raise ValueError(f"{name} is listed as multi-Boolean, but is a {type(original).__name__} in this model")
-            out_features, in_features = linear_shape(original)
-            with torch.device("meta"):
-                bias = original.bias is not None
-                layer = MultiBooleanLinear(in_features, out_features, num_planes, bias, dtype=original.weight.dtype)
-            replace_module(model, name, layer)
+        with torch.device("meta"):
+            put_empty_layers(model, self.quantization_config.planes)
         # Scales are masters: they stay fp32 whatever dtype the rest of the model is loaded in.
         model._keep_in_fp32_modules_strict.update({"scale_out", "scale_in"})
         return model

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mbdist.config.schema import ModelConfig, RunConfig
-from mbdist.model.layers import convertible_layers, linear_shape, replace_module
-from mbdist.model.linear import MultiBooleanLinear
+from mbdist.model.layers import convertible_layers, put_empty_layers
 from mbdist.model.loading import check_window, load_model_config
 from mbdist.model.quantizer import QUANT_METHOD
 from mbdist.train.prepare import teacher_source
@@ -32,7 +31,7 @@ class PlannedModel:
         convert = self.config.convert
         everywhere = convert.planes if convert.bits is None else min(convert.max_planes, math.ceil(convert.bits))
         planes = self.planes or dict.fromkeys(convertible_layers(model, convert.include, convert.exclude), everywhere)
-        _replace_layers(model, planes, dtype)
+        put_empty_layers(model, planes)
         choose_trained_floats(model, self.config.floats.also_train, dtype)
         return model
 
@@ -41,7 +40,7 @@ class PlannedModel:
         if self.teacher is None:
             return None
         model = _fake_model(self.teacher, dtype, self.config.loss.teacher_model or self.config.model)
-        _replace_layers(model, _planes_of(self.teacher), dtype)
+        put_empty_layers(model, _planes_of(self.teacher))
         return model
 
 
@@ -59,14 +58,6 @@ def _planes_of(architecture: PreTrainedConfig) -> dict[str, int]:
     """Planes by layer of a multi-Boolean model; none of a float one."""
     quantization = getattr(architecture, "quantization_config", None) or {}
     return quantization["planes"] if quantization.get("quant_method") == QUANT_METHOD else {}
-
-
-def _replace_layers(model: PreTrainedModel, planes: dict[str, int], dtype: torch.dtype) -> None:
-    for name, num_planes in planes.items():
-        original = model.get_submodule(name)
-        out_features, in_features = linear_shape(original)
-        bias = original.bias is not None
-        replace_module(model, name, MultiBooleanLinear(in_features, out_features, num_planes, bias, dtype=dtype))
 
 
 def _fake_model(architecture: PreTrainedConfig, dtype: torch.dtype, source: ModelConfig) -> PreTrainedModel:

@@ -19,7 +19,7 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         give_back()
-        self._before = 0 if self._on_gpu else psutil.Process().memory_info().rss
+        self._before = 0 if self._on_gpu else resident_bytes()[0]
 
     def restart(self) -> None:
         """Forget how much it was until now."""
@@ -27,18 +27,26 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return
         give_back()
-        if sys.platform == "linux":
-            _RESET.write_text("5")  # sets the peak to what is resident now
+        forget_peak()
 
     def peak_bytes(self) -> int:
         """Since the last restart."""
         if self._on_gpu:
             return torch.cuda.max_memory_allocated()
-        return _most_resident() - self._before
+        return resident_bytes()[1] - self._before
 
 
-def _most_resident() -> int:
+def resident_bytes() -> tuple[int, int]:
+    """Of this process, now and at most since its start or ``forget_peak`` (which Linux alone knows)."""
     if sys.platform != "linux":
-        return psutil.Process().memory_info().rss
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+        now = psutil.Process().memory_info().rss
+        return now, now
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    kib = {line[0]: int(line[1]) for line in lines if line[0] in ("VmRSS:", "VmHWM:")}
+    return 1024 * kib["VmRSS:"], 1024 * kib["VmHWM:"]
+
+
+def forget_peak() -> None:
+    """What is resident now is the most."""
+    if sys.platform == "linux":
+        _RESET.write_text("5")

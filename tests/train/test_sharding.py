@@ -1,5 +1,7 @@
 """Real DeepSpeed on real processes: the planes do not depend on how the run is sharded."""
 
+import itertools
+
 import models
 import processes
 import pytest
@@ -11,7 +13,13 @@ from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import ModelConfig, load_model
 from mbdist.train.metrics import read_metrics
 
-CASES = [(1, 3), (2, 0), (2, 2), (3, 1), (3, 3)]
+STAGES = (0, 1, 2, 3)
+BUCKETS_MB = (25, 1e-6)  # all of the model in one; a matrix each
+CASES = [
+    (workers, stage, BUCKETS_MB[(workers + stage) % 2])
+    for workers, stage in itertools.product((1, 2, 3, 4), STAGES)
+    if (workers, stage) != (1, 0)  # what they are compared with
+]
 
 
 def train(tmp_path, model, workers, stage, lr=0.0, sections=None, **train_section):
@@ -51,13 +59,14 @@ def check_bytes_on_paper(step, ranks, stage, comm, micro_batches):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, llama_folder):
-    return train(tmp_path_factory.mktemp("alone"), llama_folder, 1, 0)
+    return train(tmp_path_factory.mktemp("alone"), llama_folder, 1, 0, micro_batch=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "stage"), CASES)
-def test_same_planes_for_any_workers_and_stage(tmp_path, llama_folder, alone, workers, stage):
-    digest, flips, steps = train(tmp_path, llama_folder, workers, stage)
+@pytest.mark.parametrize(("workers", "stage", "bucket_mb"), CASES)
+def test_same_planes_for_any_workers_stage_and_buckets(tmp_path, llama_folder, alone, workers, stage, bucket_mb):
+    comm = {"bucket_mb": bucket_mb}
+    digest, flips, steps = train(tmp_path, llama_folder, workers, stage, sections={"comm": comm}, micro_batch=1)
     assert sum(sum(step.values()) for step in alone[1]) > 100, "the run must flip bits"
     assert flips == alone[1]
     assert digest == alone[0]
@@ -128,7 +137,7 @@ def test_dropout_follows_the_data_and_not_the_workers(tmp_path):
 
 @pytest.mark.slow
 def test_activation_checkpointing_under_zero_3_changes_nothing(tmp_path, llama_folder, alone):
-    digest, flips, _ = train(tmp_path, llama_folder, 2, 3, activation_checkpointing=True)
+    digest, flips, _ = train(tmp_path, llama_folder, 2, 3, activation_checkpointing=True, micro_batch=1)
     assert flips == alone[1] and digest == alone[0]
 
 
