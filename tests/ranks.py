@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from processes import warm
 
-MOST_RANKS = 4
+MOST_RANKS = 8
 
 
 @functools.cache

@@ -54,16 +54,37 @@ def main(spec_file: str) -> None:
                 "step_s": statistics.median(seconds),
                 "bytes": (sent_bytes() - before) / phase["steps"],
                 "counted": {name: size / phase["steps"] for name, size in counted.items()},
-                "coding_s": measured.coding_s / phase["steps"],
+                "coding_s": measured.coding.take() / phase["steps"],
             }
         )
-        measured.coding_s = 0.0
     (folder / f"result.{dist.get_rank()}.json").write_text(json.dumps(results))
     leave_group()
 
 
+class _Clock:
+    """Adds up what calls of some functions take."""
+
+    def __init__(self):
+        self._seconds = 0.0
+
+    def timing(self, function):
+        def timed(*arguments):
+            started = time.perf_counter()
+            result = function(*arguments)
+            self._seconds += time.perf_counter() - started
+            return result
+
+        return timed
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class _Boolean:
     def __init__(self, config, device):
+        from mbdist.comm import flip_exchange
         from mbdist.comm.communicator import Communicator
         from mbdist.train.metrics import MetricsWriter
         from mbdist.train.trainer import Trainer
@@ -71,13 +92,15 @@ class _Boolean:
         metrics = MetricsWriter(Path(config.run_dir) / "bench.jsonl", active=False)
         self.trainer = Trainer(config, device, Communicator(config.comm.timeout_s), metrics)
         self.trainer.engine.module.train()
-        self.coding_s = 0.0
+        self.coding = _Clock()  # of signals, but for the sign words that the backward pass writes, and of flips
+        for name in ("flip_counts", "flip_encode_sparse", "flip_apply_sparse", "xor_apply"):
+            setattr(flip_exchange, name, self.coding.timing(getattr(flip_exchange, name)))
 
     def use_codec(self, name: str) -> None:
         """Encode with this codec from now on, and time what it takes."""
         from mbdist.comm.codecs import CODECS
 
-        self.trainer.boolean.reduction.codec = _Timed(CODECS[name], self)
+        self.trainer.boolean.reduction.codec = _Timed(CODECS[name], self.coding)
 
     def step(self, number: int) -> None:
         self.trainer.step(number)
@@ -89,29 +112,19 @@ class _Boolean:
 class _Timed:
     """A codec whose time is added up."""
 
-    def __init__(self, codec, clock):
+    def __init__(self, codec, clock: _Clock):
         self._codec, self._clock = codec, clock
 
     def __getattr__(self, name):
         found = getattr(self._codec, name)
-        return self._timing(found) if name in ("encode", "encode_segment", "decode") else found
-
-    def _timing(self, function):
-        def timed(*arguments):
-            started = time.perf_counter()
-            result = function(*arguments)
-            self._clock.coding_s += time.perf_counter() - started
-            return result
-
-        return timed
+        return self._clock.timing(found) if name in ("encode", "encode_segment", "decode") else found
 
 
 class _Dense:
-    coding_s = 0.0
-
     def __init__(self, config, device):
         from mbdist.bench.train import DenseTrainer
 
+        self.coding = _Clock()  # of nothing
         self.trainer = DenseTrainer(config, device)
 
     def use_codec(self, name: str) -> None:

@@ -51,8 +51,8 @@ class Communicator:
         across.group, across.rank, across.world_size = groups[1][place], node, len(nodes)
         return inside, across
 
-    def _count(self, phase: str, num_bytes: int) -> None:
-        """Every collective here receives as much as it sends."""
+    def count(self, phase: str, num_bytes: int) -> None:
+        """Of a collective in which every rank receives as much as it sends."""
         self.bytes_sent[phase] += num_bytes
         self.bytes_received[phase] += num_bytes
 
@@ -63,13 +63,13 @@ class Communicator:
         phase: str,
     ) -> dist.Work | None:
         """Start the exchange, on two ranks or more; the handle to wait on, None if done."""
-        self._count(phase, send.nbytes * (self.world_size - 1) // self.world_size)
+        self.count(phase, send.nbytes * (self.world_size - 1) // self.world_size)
         return dist.all_to_all_single(receive, send, group=self.group, async_op=True)
 
     def all_reduce_sum(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.world_size > 1:
-            self._count(phase, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
+            self.count(phase, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
             with self.activity.waiting(phase):
                 dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -78,7 +78,7 @@ class Communicator:
         """Stack every rank's tensor of one shape: (R, *shape)."""
         if self.world_size == 1:
             return tensor.unsqueeze(0)
-        self._count(phase, tensor.nbytes * (self.world_size - 1))
+        self.count(phase, tensor.nbytes * (self.world_size - 1))
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
         with self.activity.waiting(phase):
             dist.all_gather(list(gathered.unbind(0)), tensor, group=self.group)
@@ -88,7 +88,7 @@ class Communicator:
         """Every rank's value, of any kind and size that pickles: for the start of a run, not for its steps."""
         if self.world_size == 1:
             return [value]
-        self._count(phase, len(pickle.dumps(value)) * (self.world_size - 1))
+        self.count(phase, len(pickle.dumps(value)) * (self.world_size - 1))
         gathered: list[T] = [value] * self.world_size
         with self.activity.waiting(phase):
             dist.all_gather_object(gathered, value, group=self.group)

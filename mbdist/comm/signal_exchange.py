@@ -3,6 +3,7 @@
 Every rank puts the same matrices into the same buckets, because the backward pass goes through the layers in the same
 order on all of them. A bucket is full when the next matrix would exceed its size; a matrix larger than a bucket has one
 to itself. The memory of a bucket that has been delivered serves the next: there are never more than ``in_flight``.
+What a larger matrix took is given back.
 """
 
 from __future__ import annotations
@@ -95,4 +96,5 @@ class SignalExchange(Generic[Item]):
         parts = bucket.received.split([words for _, words in bucket.contents], dim=1)
         for (item, _), part in zip(bucket.contents, parts, strict=True):
             self._deliver(item, part)
-        self._idle.append(bucket.memory)
+        if bucket.memory[0].nbytes <= self._bucket_bytes:  # not the whole matrix of a larger one, until the next step
+            self._idle.append(bucket.memory)

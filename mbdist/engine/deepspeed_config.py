@@ -32,7 +32,6 @@ def largest_block(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
 
 def deepspeed_config(
     config: RunConfig,
-    device: str = "cpu",  # type of the workers' device
     block_elements: int = 0,  # of the largest block, as DeepSpeed counts them; 0: DeepSpeed's own settings
     trained_floats: int = 0,  # elements; 0: DeepSpeed's own settings
 ) -> dict:
@@ -64,6 +63,5 @@ def deepspeed_config(
         # Floats stay in the dtype they are given: trained ones fp32, frozen ones in the compute dtype (autocast).
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
-        # Counts DeepSpeed's messages. It waits for the device at every one, which only a CPU does not mind.
-        "comms_logger": {"enabled": device == "cpu", "verbose": False, "prof_all": True, "debug": False},
+        "comms_logger": {"enabled": False},  # waits for the device at every message; ``traffic`` counts
     }

@@ -31,7 +31,7 @@ class DenseEngine:
         self.optimizer = torch.optim.AdamW(
             trained, lr=floats.lr, betas=floats.betas, weight_decay=floats.weight_decay, fused=True
         )
-        settings = deepspeed_config(config, trained[0].device.type)
+        settings = deepspeed_config(config)
         settings["bf16"] = {"enabled": True}
         settings["communication_data_type"] = "bf16"
         settings["zero_optimization"]["stage"] = max(1, config.cluster.zero_stage)  # bf16 masters need ZeRO

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import deepspeed
 import torch
-from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
 from mbdist.checkpoint import Checkpoint, Piece
@@ -18,6 +16,7 @@ from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments
+from mbdist.engine.traffic import count_traffic
 from mbdist.engine.zero3 import PartitionedPlanes, gather_after_step, gather_by_blocks, keep_between_steps
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
@@ -56,13 +55,13 @@ class Engine:
         )
         settings = deepspeed_config(
             config,
-            trained[0][1].device.type,
             largest_block(student.named_parameters()),
             sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trained),
         )
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )
+        count_traffic(communicator)
         self._kept = keep_between_steps(self.engine) if self.zero_stage == 3 else []
         self.zero_settings = settings["zero_optimization"]
         boolean.store = self._plane_store(boolean)
@@ -104,24 +103,6 @@ class Engine:
         """Bytes of the trained floats, masters and moments that this rank keeps between steps."""
         trained = (p for p in self.engine.module.parameters() if p.requires_grad)
         return optimizer_bytes(self.optimizer, trained)
-
-    def take_communication(self) -> Counter[str]:
-        """Bytes that this rank sent in DeepSpeed's collectives since the last call, by operation: like those of
-        ``Communicator``, what the ring algorithm sends at least."""
-        ranks = self.communicator.world_size
-        a_message = {  # DeepSpeed notes a gather's part of this rank, and the whole of other messages
-            "all_reduce": 2 * (ranks - 1) / ranks,
-            "reduce_scatter_tensor": (ranks - 1) / ranks,
-            "all_gather_into_tensor": ranks - 1,
-        }
-        sent: Counter[str] = Counter()
-        for operation, sizes in comms_logger.get_raw_data().items():
-            total = sum(size * record[0] for size, record in sizes.items())
-            sent[f"deepspeed_{operation}"] += round(total * a_message.get(operation, 1.0))
-        comms_logger.reset_data()
-        for timer in timers.get_timers().values():  # each of its messages adds up the times of all before
-            timer.reset()
-        return sent
 
     def _saved_tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers that a saved model has, by name, in the order of names."""

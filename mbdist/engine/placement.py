@@ -36,7 +36,7 @@ def place(
     partitioned = config.cluster.zero_stage == 3
     if partitioned:
         keep_resident(student, resident_parameters(student, config))
-        settings = deepspeed_config(config, device.type, largest_block(student.named_parameters()))
+        settings = deepspeed_config(config, largest_block(student.named_parameters()))
         deepspeed.init_distributed()  # takes over the group that is there
         zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
 

@@ -97,7 +97,7 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
         "kept": kept,
         "start_peak": start_peak,
         "peak": memory.peak_bytes + moments,
-        "sent": {**communicator.bytes_sent, **engine.take_communication()},
+        "sent": dict(communicator.bytes_sent),
     }
 
 

@@ -24,14 +24,14 @@ class PaperCommunicator(Communicator):
         return None
 
     def all_to_all(self, send: torch.Tensor, received: torch.Tensor, phase: str) -> None:
-        self._count(phase, send.nbytes * (self.world_size - 1) // self.world_size)
+        self.count(phase, send.nbytes * (self.world_size - 1) // self.world_size)
 
     def all_reduce_sum(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
-        self._count(phase, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
+        self.count(phase, 2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
-        self._count(phase, tensor.nbytes * (self.world_size - 1))
+        self.count(phase, tensor.nbytes * (self.world_size - 1))
         return tensor.new_empty(self.world_size, *tensor.shape)
 
     def all_gather_objects(self, value: T, phase: str) -> list[T]:

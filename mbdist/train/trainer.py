@@ -7,7 +7,6 @@ import os
 import socket
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -383,12 +382,12 @@ class Trainer:
         self.metrics.write("memory", measured=max(peaks), predicted=predicted, of_workers=peaks)
 
     def take_bytes(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes sent, DeepSpeed's too, and received, by phase, since the last call."""
-        sent = Counter(self.communicator.bytes_sent) + self.engine.take_communication()
-        received = dict(self.communicator.bytes_received)
-        self.communicator.bytes_sent.clear()
-        self.communicator.bytes_received.clear()
-        return dict(sent), received
+        """Bytes sent and received, DeepSpeed's too, by phase, since the last call."""
+        counts = self.communicator.bytes_sent, self.communicator.bytes_received
+        sent, received = (dict(count) for count in counts)
+        for count in counts:
+            count.clear()
+        return sent, received
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of this rank by category, and what the process holds in all."""

@@ -40,7 +40,7 @@ def _main():
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_every_rank_gets_every_mask(tmp_path, world_size):
     peers = world_size - 1
     for found in run_on_ranks(world_size, tmp_path, _main):

@@ -185,7 +185,7 @@ def test_zero_3_gathers_one_block_ahead():
     from mbdist.engine.deepspeed_config import deepspeed_config
 
     config = parse_config({**MINIMAL, "cluster": {"zero_stage": 3}})
-    assert deepspeed_config(config, "cpu", 1000)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
+    assert deepspeed_config(config, 1000)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
     assert "stage3_prefetch_bucket_size" not in deepspeed_config(config)["zero_optimization"]
 
 

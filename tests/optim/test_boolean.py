@@ -22,7 +22,7 @@ from mbdist.optim.offload import HostMemory
 from mbdist_kernels import pack_signs, popcount, unpack_signs
 
 SHAPES = {"a": (5, 33), "b": (40, 64), "tiny": (1, 3)}  # the last: fewer words than ranks
-CONTRIBUTIONS = 12  # micro-batches of a step over all ranks: divisible by 1, 2, 3 and 4 ranks
+CONTRIBUTIONS = 24  # micro-batches of a step over all ranks: divisible by 1, 2, 3, 4, 6 and 8 ranks
 STEPS = 4
 
 
@@ -165,6 +165,7 @@ MODES = {
         *((mode, "fp32") for mode in MODES),
         *(("levels", codec) for codec in CODECS if codec != "fp32"),
         ("evidence", "sign"),
+        ("evidence", "int4"),
         ("raw", "sign"),
     ],
 )
@@ -172,7 +173,7 @@ def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
     config = MODES[mode]
     alone, flips_alone = run(Communicator(), config, codec)
     assert sum(sum(step.values()) for step in flips_alone) > 20, "the test must see flips"
-    for world_size in (2, 3, 4):
+    for world_size in (2, 3, 4, 6, 8) if mode == "evidence" else (2, 3, 4):
         for planes, flips in run_on_ranks(world_size, tmp_path, run_in_group, config, codec, {}):
             assert flips == flips_alone
             for name in SHAPES:
