@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from mbdist.comm.step_bytes import TrainedModel, dense_step_bytes, llama_shapes, step_bytes
+from mbdist.comm.step_bytes import TrainedModel, dense_step_bytes, llama_matrices, step_bytes
 from mbdist.config.schema import CommConfig
 
 _FLIP_RATE = 1e-4
@@ -13,7 +13,7 @@ _FLIP_RATE = 1e-4
 
 def scaling_table(ranks: list[int], codec: str, planes: int, node_size: int) -> None:
     """Print GB that a rank sends in a step of one micro-batch; between machines where links inside are told apart."""
-    model = TrainedModel(llama_shapes(80, 8192, 28672, 1024), planes)
+    model = TrainedModel(llama_matrices(80, 8192, 28672, 1024, planes))
     columns = (
         "ranks",
         "ZeRO",

@@ -18,34 +18,49 @@ _HISTOGRAM_BYTES = 8 * 64  # of the candidates of a matrix
 
 
 @dataclass(frozen=True)
+class TrainedMatrix:
+    """A multi-Boolean matrix."""
+
+    rows: int  # m
+    columns: int  # n
+    planes: int  # K
+    signals: int = 1  # accumulators a weight, each with a signal of its own
+    trained_planes: int = 1  # those that accumulators may flip
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def plane_words(self) -> int:
+        return self.rows * words_per_row(self.columns)
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """What of a model crosses the wire."""
 
-    shapes: Sequence[tuple[int, int]]  # (m, n) of every multi-Boolean matrix
-    planes: int  # K
-    trained_planes: int = 1  # that have accumulators, and signals, of their own
+    matrices: Sequence[TrainedMatrix]
+    turns: int = 1  # a matrix sends its signal and flips in one step of so many
     other_floats: int = 0  # trained ones besides the scales
     frozen_gathered: int = 0  # bytes of frozen floats that stage 3 gathers for a micro-batch
 
     @property
     def weights(self) -> int:
-        return sum(m * n for m, n in self.shapes)
-
-    @property
-    def plane_bytes(self) -> int:
-        """Of one plane of every matrix."""
-        return sum(4 * m * words_per_row(n) for m, n in self.shapes)
+        return sum(matrix.weights for matrix in self.matrices)
 
     @property
     def floats(self) -> int:
         """Trained floats: scales and others."""
-        return self.planes * sum(m + n for m, n in self.shapes) + self.other_floats
+        scales = sum(matrix.planes * (matrix.rows + matrix.columns) for matrix in self.matrices)
+        return scales + self.other_floats
 
 
-def llama_shapes(layers: int, hidden: int, intermediate: int, key_values: int) -> list[tuple[int, int]]:
+def llama_matrices(layers: int, hidden: int, intermediate: int, key_values: int, planes: int) -> list[TrainedMatrix]:
     """Matrices of a LLaMA; ``key_values``: columns of keys, and of values."""
     attention = [(hidden, hidden), (key_values, hidden), (key_values, hidden), (hidden, hidden)]
-    return [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)] * layers
+    feed_forward = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return [TrainedMatrix(m, n, planes) for m, n in attention + feed_forward] * layers
 
 
 def step_bytes(
@@ -56,35 +71,49 @@ def step_bytes(
     micro_batches: int = 1,  # a rank
     flip_rate: float = 0.0,  # flips a trained weight in this step
 ) -> dict[str, int]:
-    """{phase: bytes that a rank sends}; phases as in metrics.jsonl, DeepSpeed's by what they carry."""
+    """{phase: bytes that a rank sends}, the mean over ``model.turns`` steps; phases as in metrics.jsonl, DeepSpeed's by
+    what they carry."""
     others = (ranks - 1) / ranks
     codec = CODECS[comm.codec]
-    segments = [Segments(m, n, WordPartition(m * words_per_row(n), ranks)) for m, n in model.shapes]
-    messages = model.trained_planes * sum(4 * codec.message_words(of) for of in segments)
-    whole = model.trained_planes * sum(4 * of.partition.elements_per_rank for of in segments)
+    messages = whole = accumulators = flipped_words = trained_weights = 0
+    for matrix in model.matrices:
+        partition = WordPartition(matrix.plane_words, ranks)
+        messages += 4 * matrix.signals * codec.message_words(Segments(matrix.rows, matrix.columns, partition))
+        whole += 4 * matrix.signals * partition.elements_per_rank
+        accumulators += matrix.signals
+        flipped_words += matrix.trained_planes * matrix.plane_words
+        trained_weights += matrix.signals * matrix.weights
     found: dict[str, float] = {}
     if node_size := comm.summing_nodes(ranks):
         nodes = ranks // node_size
-        found["signal_in_node"] = whole * nodes * (node_size - 1) * micro_batches
-        found["signal"] = messages * (nodes - 1) * micro_batches
+        found["signal_in_node"] = whole * nodes * (node_size - 1) * micro_batches / model.turns
+        found["signal"] = messages * (nodes - 1) * micro_batches / model.turns
     else:
-        found["signal"] = messages * (ranks - 1) * micro_batches
-    found["statistics"] = 2 * others * 8 * sum(m + n for m, n in model.shapes)
-    found["flip_counts"] = 2 * others * (_HISTOGRAM_BYTES + 24) * len(model.shapes) * model.trained_planes
+        found["signal"] = messages * (ranks - 1) * micro_batches / model.turns
+    found["statistics"] = 2 * others * 8 * sum(matrix.rows + matrix.columns for matrix in model.matrices)
+    found["flip_counts"] = 2 * others * (_HISTOGRAM_BYTES + 24) * accumulators / model.turns
     if stage < 3 or comm.resident_planes == "all":
-        dense = model.trained_planes * model.plane_bytes / ranks
-        found["flips"] = (ranks - 1) * min(dense, 2 * flip_rate * model.trained_planes * model.weights / ranks)
+        found["flips"] = others * min(4 * flipped_words, 2 * flip_rate * trained_weights) / model.turns
     gradient = {"fp32": 4, "bf16": 2}[comm.float_gradients] * model.floats
     found["float gradients"] = (2 if stage < 3 else 1) * others * gradient
     found["floats"] = others * 4 * model.floats
     if stage == 3:
-        resident = {"none": 0, "frozen": model.planes - model.trained_planes, "all": model.planes}
-        gathered = model.planes - resident[comm.resident_planes]
         if comm.resident_floats == "none":
             found["frozen floats"] = micro_batches * others * model.frozen_gathered
         # Forward and backward: what is computed again uses what backward gathered (of all blocks but the first).
-        found["planes"] = 2 * micro_batches * others * gathered * model.plane_bytes
+        found["planes"] = 2 * micro_batches * others * 4 * _gathered_words(model, comm)
     return {phase: round(size) for phase, size in found.items()}
+
+
+def _gathered_words(model: TrainedModel, comm: CommConfig) -> int:
+    """Words of the planes that no rank keeps whole at stage 3."""
+    match comm.resident_planes:
+        case "all":
+            return 0
+        case "frozen":
+            return sum(matrix.trained_planes * matrix.plane_words for matrix in model.matrices)
+        case _:
+            return sum(matrix.planes * matrix.plane_words for matrix in model.matrices)
 
 
 def dense_step_bytes(model: TrainedModel, ranks: int, stage: int, micro_batches: int = 1) -> int:

@@ -21,7 +21,7 @@ from mbdist.engine.zero3 import keep_resident
 from mbdist.free_memory import giving_back_at_once
 from mbdist.model.layers import boolean_layers
 from mbdist.model.weights import Weights
-from mbdist.optim.boolean import plane_sets
+from mbdist.optim.boolean import trained_planes
 
 
 def place(
@@ -80,7 +80,7 @@ def resident_parameters(student: nn.Module, config: RunConfig) -> Iterator[nn.Pa
     """What ZeRO-3 leaves whole on every rank."""
     planes, floats = config.comm.resident_planes, config.comm.resident_floats
     for _, layer in boolean_layers(student):
-        trained = {k for of_one in plane_sets(config.boolean.planes, layer.num_planes) for k in of_one}
+        trained = trained_planes(config.boolean.planes, layer.num_planes)
         for k, plane in enumerate(layer.planes):
             if planes == "all" or (planes == "frozen" and k not in trained):
                 yield plane

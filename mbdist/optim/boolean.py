@@ -120,6 +120,11 @@ def plane_sets(chosen: str | list[int], num_planes: int) -> list[list[int]]:
             return [[k] for k in chosen if k < num_planes]
 
 
+def trained_planes(chosen: str | list[int], num_planes: int) -> set[int]:
+    """The planes that some accumulator may flip."""
+    return {k for planes in plane_sets(chosen, num_planes) for k in planes}
+
+
 def adapted(step_size: float, crowding: float, most: float) -> float:
     """The next step's eta where ``crowding`` times as many weights reached the threshold as may move. Between 2 and 4
     it stays: enough to choose from, and few enough that ranks tell them apart."""

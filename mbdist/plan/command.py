@@ -31,8 +31,9 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
     planned = planned_model(config)
     model = trained_model(planned)
     console.print(
-        f"{config.model.path}: {model.weights / 1e9:,.2f} G weights in {len(model.shapes)} matrices, "
-        f"K = {model.planes}, {workers} worker(s) on {nodes} machine(s), ZeRO stage {config.cluster.zero_stage}"
+        f"{config.model.path}: {model.weights / 1e9:,.2f} G weights in {len(model.matrices)} matrices, "
+        f"K = {max(matrix.planes for matrix in model.matrices)}, {workers} worker(s) on {nodes} machine(s), "
+        f"ZeRO stage {config.cluster.zero_stage}"
     )
     memory = plan_memory(planned, workers, dtype, device)
     memory_table(console, memory, workers)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mbdist.comm.step_bytes import TrainedModel, step_bytes
-from mbdist.config.schema import RunConfig
+from mbdist.comm.step_bytes import TrainedMatrix, TrainedModel, step_bytes
+from mbdist.config.schema import BooleanOptimizerConfig, RunConfig
 from mbdist.model.layers import boolean_layers
+from mbdist.model.linear import MultiBooleanLinear
+from mbdist.optim.boolean import plane_sets, trained_planes
 from mbdist.plan.fake import with_fake_tensors
 from mbdist.plan.hardware import Gpu
 from mbdist.plan.model import PlannedModel
@@ -43,13 +45,19 @@ def trained_model(planned: PlannedModel) -> TrainedModel:
             tied = student.get_output_embeddings().weight is embedding
             uses[id(embedding)] = 1 + backward + 2 * tied
         return TrainedModel(
-            [(layer.out_features, layer.in_features) for layer in layers],
-            max(layer.num_planes for layer in layers),
+            [_trained_matrix(layer, planned.config.boolean) for layer in layers],
+            planned.config.boolean.turns,
             other_floats=sum(p.numel() for p in floats if p.requires_grad) - scales,
             frozen_gathered=sum(uses.get(id(p), 0) * p.nbytes for p in floats),
         )
 
     return with_fake_tensors(count)
+
+
+def _trained_matrix(layer: MultiBooleanLinear, config: BooleanOptimizerConfig) -> TrainedMatrix:
+    sets = plane_sets(config.planes, layer.num_planes)
+    trained = trained_planes(config.planes, layer.num_planes)
+    return TrainedMatrix(layer.out_features, layer.in_features, layer.num_planes, len(sets), len(trained))
 
 
 def plan_step(

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mbdist.comm.step_bytes import TrainedModel, dense_step_bytes, llama_shapes, step_bytes
+from mbdist.comm.step_bytes import TrainedMatrix, TrainedModel, dense_step_bytes, llama_matrices, step_bytes
 from mbdist.config.schema import CommConfig
 
-MODEL = TrainedModel([(64, 64)], planes=2)  # 128 words a plane, 256 floats
-LLAMA_70B = TrainedModel(llama_shapes(80, 8192, 28672, 1024), planes=2)
+MODEL = TrainedModel([TrainedMatrix(64, 64, planes=2)])  # 128 words a plane, 256 floats
+LLAMA_70B = TrainedModel(llama_matrices(80, 8192, 28672, 1024, planes=2))
 
 
 def test_of_one_matrix_on_two_ranks():
@@ -21,6 +21,25 @@ def test_of_one_matrix_on_two_ranks():
 def test_resident_planes_are_not_gathered():
     planes = [step_bytes(MODEL, 2, 3, CommConfig(resident_planes=kind))["planes"] for kind in ("none", "frozen", "all")]
     assert planes == [1024, 512, 0]
+
+
+def test_what_trains_decides_what_travels():
+    """One accumulator of both planes (levels): no plane is at rest. One of each (all): twice the signal too."""
+    codec = CommConfig(codec="sign", resident_planes="frozen")
+    last = step_bytes(MODEL, 2, 3, codec)
+    levels = step_bytes(TrainedModel([TrainedMatrix(64, 64, 2, signals=1, trained_planes=2)]), 2, 3, codec)
+    both = step_bytes(TrainedModel([TrainedMatrix(64, 64, 2, signals=2, trained_planes=2)]), 2, 3, codec)
+    assert levels["planes"] == both["planes"] == 2 * last["planes"] == 1024
+    assert levels["signal"] == last["signal"] and both["signal"] == 2 * last["signal"]
+    assert levels["flip_counts"] == last["flip_counts"] and both["flip_counts"] == 2 * last["flip_counts"]
+
+
+def test_matrices_that_take_turns_share_the_signal_and_not_the_statistics():
+    found = step_bytes(TrainedModel(MODEL.matrices, turns=4), 2, 2, CommConfig(codec="sign"), flip_rate=1.0)
+    whole = step_bytes(MODEL, 2, 2, CommConfig(codec="sign"), flip_rate=1.0)
+    for phase in ("signal", "flips", "flip_counts"):
+        assert found[phase] == whole[phase] / 4
+    assert found["statistics"] == whole["statistics"] and found["floats"] == whole["floats"]
 
 
 def test_few_flips_cost_two_bytes_and_many_a_bit_a_weight():

@@ -1,17 +1,21 @@
 """Real DeepSpeed on real processes: the planes do not depend on how the run is sharded."""
 
 import itertools
+from pathlib import Path
 
 import models
 import processes
 import pytest
 import torch
 
-from mbdist.comm.step_bytes import TrainedModel, step_bytes
-from mbdist.config.schema import CommConfig
+from mbdist.comm.step_bytes import step_bytes
+from mbdist.config import parse_config
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import ModelConfig, load_model
+from mbdist.plan import planned_model
+from mbdist.plan.step_time import trained_model
 from mbdist.train.metrics import read_metrics
+from mbdist_kernels import words_per_row
 
 STAGES = (0, 1, 2, 3)
 BUCKETS_MB = (25, 1e-6)  # all of the model in one; a matrix each
@@ -29,8 +33,15 @@ def train(tmp_path, model, workers, stage, lr=0.0, sections=None, **train_sectio
     scales at rest (lr 0), everything that decides a flip is reduced in a fixed order.
     """
     run_dir = tmp_path / f"{workers}x{stage}"
+    processes.train(settings(run_dir, model, workers, stage, lr, sections, **train_section))
+    steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "step"]
+    flips = [record["flips"] for record in steps]
+    return hash_planes(load_model(ModelConfig(path=str(run_dir / "model")))), flips, steps
+
+
+def settings(run_dir, model, workers, stage, lr=0.0, sections=None, **train_section):
     sections = dict(sections or {})
-    settings = models.run_settings(
+    return models.run_settings(
         run_dir,
         model,
         cluster={"workers": workers, "zero_stage": stage, "cpus_per_worker": 1},
@@ -39,22 +50,21 @@ def train(tmp_path, model, workers, stage, lr=0.0, sections=None, **train_sectio
         data={"max_eval_windows": 2},
         train=train_section,
     )
-    processes.train(settings)
-    steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "step"]
-    flips = [record["flips"] for record in steps]
-    return hash_planes(load_model(ModelConfig(path=str(run_dir / "model")))), flips, steps
 
 
-def check_bytes_on_paper(step, ranks, stage, comm, micro_batches):
-    """A real step's counted bytes against ``step_bytes``, which is returned."""
-    linear = [module for name, module in models.small_model().named_modules() if "_proj" in name]
-    model = TrainedModel([tuple(module.weight.shape) for module in linear], planes=2)
-    expected = step_bytes(model, ranks, stage, comm, micro_batches)
-    sent = step["bytes_sent"]
+def check_bytes_on_paper(steps, *run, **changes):
+    """The counted bytes of a real run's last steps, as many as matrices take turns, against those that are planned,
+    which are returned. ``run`` and ``changes`` as for ``settings``, from the model on."""
+    config = parse_config(settings(Path("unused/run"), *run, **changes))
+    workers, turns = config.cluster.workers, config.boolean.turns
+    model = trained_model(planned_model(config))
+    planned = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation)
+    sent = [step["bytes_sent"] for step in steps[-turns:]]
     for phase in ("signal", "signal_in_node"):
-        assert sent.get(phase, 0) == expected.get(phase, 0), phase
-    assert sent["statistics"] == pytest.approx(expected["statistics"], rel=0.02)
-    return expected
+        assert sum(of_step.get(phase, 0) for of_step in sent) == turns * planned.get(phase, 0), phase
+    for of_step in sent:
+        assert of_step["statistics"] == pytest.approx(planned["statistics"], rel=0.02)
+    return planned
 
 
 @pytest.fixture(scope="module")
@@ -96,27 +106,25 @@ def test_nodes_send_one_message_and_stages_agree(tmp_path, llama_folder):
     assert sum(sum(step.values()) for step in flips) > 100
     sent = steps[-1]["bytes_sent"]
     assert sent["signal_in_node"] > 10 * sent["signal"] > 0
-    check_bytes_on_paper(steps[-1], 4, 2, CommConfig(codec="sign", node_size=2), micro_batches=3)
+    check_bytes_on_paper(steps, llama_folder, 4, 2, sections=sections, micro_batch=1)
     assert train(tmp_path, llama_folder, 4, 3, sections=sections, micro_batch=1)[:2] == (digest, flips)
 
 
 @pytest.mark.slow
 def test_resident_planes_change_nothing_but_traffic(tmp_path, llama_folder):
     """Of two planes the last trains: the other may stay whole for nothing, the last at the price of sending flips."""
-    found = {}
+    found, planes = {}, {}
     for resident in ("none", "frozen", "all"):
         (folder := tmp_path / resident).mkdir()
         sections = {"comm": {"resident_planes": resident}, "boolean": {"planes": "last"}}
         found[resident] = train(folder, llama_folder, 2, 3, sections=sections)
+        steps = found[resident][2]
+        planes[resident] = check_bytes_on_paper(steps, llama_folder, 2, 3, sections=sections)["planes"]
     (folder := tmp_path / "floats").mkdir()
     sections["comm"]["resident_floats"] = "frozen"
     found["floats"] = train(folder, llama_folder, 2, 3, sections=sections)
     sent = {name: steps[-1]["bytes_sent"] for name, (_, _, steps) in found.items()}
     assert sum(sum(step.values()) for step in found["none"][1]) > 100
-    planes = {}
-    for resident in ("none", "frozen", "all"):
-        comm = CommConfig(resident_planes=resident)
-        planes[resident] = check_bytes_on_paper(found[resident][2][-1], 2, 3, comm, micro_batches=3)["planes"]
     for resident in ("frozen", "all", "floats"):
         assert found[resident][:2] == found["none"][:2]
     none, frozen, both, floats = (sent[name].get("planes", 0) for name in found)
@@ -125,6 +133,24 @@ def test_resident_planes_change_nothing_but_traffic(tmp_path, llama_folder):
     assert 0.6 * planes["none"] < none <= planes["none"] and planes["all"] == 0
     assert sent["floats"]["floats"] < sent["all"]["floats"]
     assert "flips" not in sent["none"] and "flips" not in sent["frozen"] and sent["all"]["flips"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("boolean", "resident"),
+    [({"planes": "all"}, 0), ({"planes": [0]}, 1), ({"planes": "levels"}, 0), ({"planes": "last", "turns": 2}, 1)],
+)
+def test_plans_know_which_planes_train_and_when(tmp_path, llama_folder, boolean, resident):
+    """Of two planes ``resident`` stay whole as ``frozen``; the bytes of a run's last steps are those on paper."""
+    sections = {"boolean": boolean, "comm": {"resident_planes": "frozen"}}
+    _, flips, steps = train(tmp_path, llama_folder, 2, 3, sections=sections)
+    assert sum(sum(step.values()) for step in flips) > 100
+    planned = check_bytes_on_paper(steps, llama_folder, 2, 3, sections=sections)["planes"]
+    linear = [module.weight for name, module in models.small_model().named_modules() if "_proj" in name]
+    plane = sum(4 * len(weight) * words_per_row(weight.shape[1]) for weight in linear)
+    kept = plane * (resident + (2 - resident) / 2)
+    assert steps[-1]["memory"]["planes"] == pytest.approx(kept, rel=0.01), "what placement keeps whole"
+    assert planned == 2 * 3 * (2 - resident) * plane / 2, "forward and backward, three micro-batches"
 
 
 @pytest.mark.slow
