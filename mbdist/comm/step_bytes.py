@@ -95,7 +95,7 @@ def step_bytes(
     if stage < 3 or comm.resident_planes == "all":
         found["flips"] = others * min(4 * flipped_words, 2 * flip_rate * trained_weights) / model.turns
     gradient = {"fp32": 4, "bf16": 2}[comm.float_gradients] * model.floats
-    found["float gradients"] = (2 if stage < 3 else 1) * others * gradient
+    found["float gradients"] = _reductions(stage, micro_batches) * (2 if stage < 3 else 1) * others * gradient
     found["floats"] = others * 4 * model.floats
     if stage == 3:
         if comm.resident_floats == "none":
@@ -103,6 +103,11 @@ def step_bytes(
         # Forward and backward: what is computed again uses what backward gathered (of all blocks but the first).
         found["planes"] = 2 * micro_batches * others * 4 * _gathered_words(model, comm)
     return {phase: round(size) for phase, size in found.items()}
+
+
+def _reductions(stage: int, micro_batches: int) -> int:
+    """Of gradients in a step. Where they are partitioned, DeepSpeed keeps no sum of micro-batches unreduced."""
+    return micro_batches if stage >= 2 else 1
 
 
 def _gathered_words(model: TrainedModel, comm: CommConfig) -> int:
@@ -119,5 +124,6 @@ def _gathered_words(model: TrainedModel, comm: CommConfig) -> int:
 def dense_step_bytes(model: TrainedModel, ranks: int, stage: int, micro_batches: int = 1) -> int:
     """The same of DeepSpeed's bf16 training: gradients all-reduced and weights gathered once (stages 1, 2), or weights
     gathered twice and gradients scattered (3), of the matrices' weights alone."""
-    passes = 3 if stage < 3 else 1 + 2 * micro_batches
+    reductions = _reductions(stage, micro_batches)
+    passes = 1 + 2 * reductions if stage < 3 else 2 * micro_batches + reductions
     return round(passes * 2 * model.weights * (ranks - 1) / ranks)

@@ -29,7 +29,7 @@ def plan_command(config: RunConfig, gpu: str, nodes: int, link: str, dry_run: bo
     precision = "bf16" if hardware and config.train.precision == "auto" else config.train.precision
     dtype, device = compute_dtype(precision, torch.device("cpu")), "cuda" if hardware else "cpu"
     planned = planned_model(config)
-    model = trained_model(planned)
+    model = trained_model(planned, dtype)
     console.print(
         f"{config.model.path}: {model.weights / 1e9:,.2f} G weights in {len(model.matrices)} matrices, "
         f"K = {max(matrix.planes for matrix in model.matrices)}, {workers} worker(s) on {nodes} machine(s), "

@@ -29,11 +29,11 @@ class StepPlan:
     communication_s: float  # if nothing of it overlapped with computing
 
 
-def trained_model(planned: PlannedModel) -> TrainedModel:
-    """What of the model crosses the wire."""
+def trained_model(planned: PlannedModel, dtype: torch.dtype) -> TrainedModel:
+    """What of the model crosses the wire; ``dtype``: of frozen floats."""
 
     def count(_memory) -> TrainedModel:
-        student = planned.student(torch.bfloat16)
+        student = planned.student(dtype)
         layers = [layer for _, layer in boolean_layers(student)]
         floats = [p for p in student.parameters() if p.is_floating_point()]
         scales = sum(layer.scale_out.numel() + layer.scale_in.numel() for layer in layers)
@@ -75,7 +75,10 @@ def plan_step(
         config.tokens_per_step,
         sent,
         _flops(planned, model, config) / workers / gpu.reached_flops,
-        sum(_seconds(phase, size, workers, workers_a_machine, gpu, link_rate) for phase, size in sent.items()),
+        sum(
+            _seconds(phase, size, workers, workers_a_machine, bool(config.comm.summing_nodes(workers)), gpu, link_rate)
+            for phase, size in sent.items()
+        ),
     )
 
 
@@ -89,12 +92,14 @@ def _flops(planned: PlannedModel, model: TrainedModel, config: RunConfig) -> flo
     return passes * forward * config.tokens_per_step
 
 
-def _seconds(phase: str, size: int, workers: int, workers_a_machine: int, gpu: Gpu, link_rate: float) -> float:
+def _seconds(
+    phase: str, size: int, workers: int, workers_a_machine: int, summed: bool, gpu: Gpu, link_rate: float
+) -> float:
     """``size``: bytes that each worker sends. Between machines a ring crosses a link once; of pairwise messages those
-    of all workers of a machine share it."""
+    of all workers of a machine share it, and all of them leave it where they are ``summed`` inside before."""
     if workers <= workers_a_machine or phase == "signal_in_node":
         return size / gpu.link_rate
     if phase not in _PAIRWISE:
         return size / min(link_rate, gpu.link_rate)
-    leaving = size * (workers - workers_a_machine) / (workers - 1)
+    leaving = size if summed else size * (workers - workers_a_machine) / (workers - 1)
     return max(leaving * workers_a_machine / link_rate, size / gpu.link_rate)

@@ -57,13 +57,17 @@ def check_bytes_on_paper(steps, *run, **changes):
     which are returned. ``run`` and ``changes`` as for ``settings``, from the model on."""
     config = parse_config(settings(Path("unused/run"), *run, **changes))
     workers, turns = config.cluster.workers, config.boolean.turns
-    model = trained_model(planned_model(config))
+    model = trained_model(planned_model(config), torch.float32)
     planned = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation)
     sent = [step["bytes_sent"] for step in steps[-turns:]]
     for phase in ("signal", "signal_in_node"):
         assert sum(of_step.get(phase, 0) for of_step in sent) == turns * planned.get(phase, 0), phase
+    scatters = 2 if config.cluster.zero_stage == 3 else 1  # gloo's scatter sends as much as an all-reduce
     for of_step in sent:
         assert of_step["statistics"] == pytest.approx(planned["statistics"], rel=0.02)
+        assert of_step["float gradients"] == pytest.approx(scatters * planned["float gradients"], abs=64), "and norms"
+        assert of_step.get("planes", 0) == planned.get("planes", 0)
+        assert of_step["floats"] == pytest.approx(planned["floats"] + planned.get("frozen floats", 0), rel=0.01)
     return planned
 
 
@@ -129,8 +133,6 @@ def test_resident_planes_change_nothing_but_traffic(tmp_path, llama_folder):
         assert found[resident][:2] == found["none"][:2]
     none, frozen, both, floats = (sent[name].get("planes", 0) for name in found)
     assert none - frozen == frozen and both == floats == 0, "one plane, and the other"
-    # The parameters of the last block stay from forward to backward, so on paper it is more.
-    assert 0.6 * planes["none"] < none <= planes["none"] and planes["all"] == 0
     assert sent["floats"]["floats"] < sent["all"]["floats"]
     assert "flips" not in sent["none"] and "flips" not in sent["frozen"] and sent["all"]["flips"] > 0
 
