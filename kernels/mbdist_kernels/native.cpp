@@ -358,6 +358,8 @@ inline void random_of_word(uint32_t pair, uint32_t key, int32_t* draws) {
 // To nearest even by the magic number 1.5 * 2^23: for |value| < 2^22, and it vectorises everywhere.
 inline int32_t rounded(float value) { return static_cast<int32_t>((value + 12582912.0f) - 12582912.0f); }
 
+inline float finite(float value) { return std::fabs(value) < INFINITY ? value : 0.0f; }
+
 inline float clamped(float value, float limit) {  // 0 for a NaN
   value = value == value ? value : 0.0f;
   return std::min(std::max(value, -limit), limit);
@@ -472,7 +474,7 @@ void accumulate_signal(uint8_t* accumulator, const float* signals, int64_t contr
       int32_t random[kWordBits];
       random_of_word(pair, keys[c], random);
       for (int b = 0; b < kWordBits; ++b) {
-        const int32_t whole = rounded(clamped(signal[b] * unit, limit));
+        const int32_t whole = rounded(clamped(finite(signal[b]) * unit, limit));
         const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
         state[b] = std::min(std::max(moved, -bound), bound);
       }

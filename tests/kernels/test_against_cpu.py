@@ -32,7 +32,7 @@ def larger_cases():
     yield "scale_gradients_and_signals", (gradient, planes, scale_out, scale_in, *gradients, *signals)
     accumulator = torch.randint(-127, 128, (640_000,), dtype=torch.int8)
     signal = torch.randn(3, 640_000) * 0.3
-    signal[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    signal[0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30])
     yield "accumulate_signal", (accumulator, signal, 30_000, 1 << 20, [7, 2**32 - 5, 9], 2**33, 64 << 15, 127)
     yield "candidate_mask", (accumulator, random_words(20_000), 64)
     pairs = torch.randint(0, 256, (320_000,), dtype=torch.uint8)
