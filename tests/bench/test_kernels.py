@@ -1,6 +1,7 @@
 """The kernel bench and the tuner on small matrices: real operations, real rows; the tuner runs in the interpreter."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mbdist.bench.kernel_goals import goal_table
 from mbdist.bench.kernels import bench_kernels
 from mbdist.bench.other_kernels import why_not
 from mbdist.cli.main import app
-from mbdist_kernels import launch, registration
+from mbdist_kernels import launch, linear_decode, native, registration
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +62,39 @@ def test_a_shape_that_is_none_is_refused():
     assert found.exit_code != 0 and "5120x5120" in str(found.exception)
 
 
-def test_tuning_without_a_gpu_says_so():
+@pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is tuned instead")
+def test_tuning_a_cpu_finds_from_how_many_tokens_on_a_dense_weight_pays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "tune_cpu", partial(tuner.tune_cpu, shape=(32, 64), planes=(1, 3)))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
     found = CliRunner().invoke(app, ["tune"])
-    assert found.exit_code != 0 and "none here" in str(found.exception)
+    assert found.exit_code == 0, found.output
+    table = json.loads((tmp_path / "cpu.json").read_text())["dense_from_cpu"]
+    assert table.keys() == {"K=1", "K=3"} and all(
+        value["tokens"] in (*tuner._TOKENS_CPU, 32) for value in table.values()
+    )
+    launch.measured.cache_clear()
+    try:
+        assert launch.settings("dense_from_cpu", 3) == table["K=3"]
+        assert launch.settings("dense_from_cpu", 2) == launch.rule("dense_from_cpu", 2)
+    finally:
+        monkeypatch.undo()
+        launch.measured.cache_clear()
+
+
+def test_a_dense_weight_pays_from_where_it_always_wins(monkeypatch):
+    weight = (None, torch.ones(1, 4), torch.ones(1, 4))
+    for wins, expected in (([1, 1, 1], 2), ([0, 1, 1], 4), ([1, 0, 1], 8), ([1, 1, 0], 16)):
+        times = iter([us for won in wins for us in ((1, 2) if won else (2, 1))])
+        monkeypatch.setattr(tuner, "median_us", lambda calls, device, times=times: next(times))
+        assert tuner._dense_from(weight, (2, 4, 8), linear_decode) == expected
+
+
+def test_tuning_a_cpu_without_the_accelerator_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "accelerator", lambda: None)
+    found = CliRunner().invoke(app, ["tune"])
+    assert found.exit_code != 0 and "nothing to tune" in str(found.exception)
 
 
 @pytest.mark.slow
@@ -79,7 +110,8 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "_TOKENS", (17, 32))
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     with registration.kernels_on_cpu():
-        table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
+        output = tmp_path / f"{launch.device_name()}.json"
+        table = tuner.tune_kernels(output, torch.device("cpu"), (64, 128), (1,))
     launch.measured.cache_clear()
     try:
         assert launch.settings("dequantize", 1) == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]

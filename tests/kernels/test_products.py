@@ -14,6 +14,7 @@ from mbdist_kernels import (
     linear_backward_weight,
     linear_decode,
     linear_forward,
+    native,
     pack_signs,
     registration,
     scale_gradients_and_signals,
@@ -127,6 +128,20 @@ def test_forward_with_bias(implementation, num_tokens, dtype):
     y = linear_forward(x, planes, scale_out, scale_in, bias)
     expected = x.double() @ dense64(planes, scale_out, scale_in).T + bias.double()
     assert y.dtype == dtype and relative_error(y, expected) < (6e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("dense_from", [1, 5, 17, 99])
+@pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")
+def test_a_cpu_makes_the_weight_dense_from_the_table_s_number_of_tokens_on(num_planes, dense_from, monkeypatch):
+    module = importlib.import_module("mbdist_kernels.linear_forward")
+    weight = random_planes(8, 40, num_planes)
+    packed = []
+    monkeypatch.setattr(module, "linear_decode", lambda x, *weight: packed.append(len(x)) or linear_decode(x, *weight))
+    with launch.trying("dense_from_cpu", {"tokens": dense_from}):
+        for tokens in (1, 4, 5, 16, 17):
+            linear_forward(torch.randn(tokens, 40), *weight)
+    assert packed == [tokens for tokens in (1, 4, 5, 16) if tokens < dense_from]
 
 
 @pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
