@@ -29,6 +29,7 @@ from mbdist_kernels.accumulator import (
     in_pairs,
     weights_per_entry,
 )
+from mbdist_kernels.flip_mask import elements_of_mask
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
 from mbdist_kernels.pack import pack_signs
@@ -259,28 +260,9 @@ _candidate_mask = operation(
 )
 
 
-def elements_of_mask(
-    mask: torch.Tensor,  # (W,) int32
-) -> torch.Tensor:
-    """The elements whose bit is 1, in order: int32. On a GPU it waits for their number."""
-    words = mask.nonzero()[:, 0]  # few: bits are looked for in these alone
-    which, bit = unpack_bits(mask[words, None]).nonzero(as_tuple=True)
-    return (words[which] * WORD_BITS + bit).int()
-
-
 def draw_tickets(
     key: int,
     elements: torch.Tensor,  # int64, global indices
 ) -> torch.Tensor:
     """A lottery ticket in [0, 64) for every element, to choose among candidates of equal rank: int64."""
     return (random_bits(key, elements) % LOTTERY_TICKETS).long()
-
-
-def flip_mask(
-    elements: torch.Tensor,  # (C,) int32, distinct
-    num_words: int,
-) -> torch.Tensor:
-    """int32 (num_words,): bit 1 at these elements. Applying it is an XOR."""
-    mask = torch.zeros(num_words, dtype=torch.int32, device=elements.device)
-    bits = torch.ones_like(elements) << (elements % WORD_BITS)
-    return mask.index_add_(0, elements // WORD_BITS, bits)  # bits are disjoint, so a wrapping sum is an or

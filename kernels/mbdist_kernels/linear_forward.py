@@ -18,7 +18,7 @@ import triton.language as tl
 
 from mbdist_kernels import native
 from mbdist_kernels.bits import as_bits, bits_of_float, product, words_at
-from mbdist_kernels.dequantize import dense_block, dense_in_scratch
+from mbdist_kernels.dequantize import dense_block, dense_in_scratch, dequantize_reference
 from mbdist_kernels.launch import settings
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
 from mbdist_kernels.registration import operation
@@ -33,6 +33,12 @@ def linear_forward(
 ) -> torch.Tensor:
     """y (T, m) of x's dtype. The weight is rounded to that dtype, except by ``linear_decode``."""
     return _linear_forward(x, planes, scale_out, scale_in, bias)
+
+
+def linear_forward_reference(x, planes, scale_out, scale_in, bias):
+    """In plain torch, the weight dense in x's dtype."""
+    y = x @ dequantize_reference(planes, scale_out, scale_in).to(x.dtype).T
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def linear_forward_cpu(x, planes, scale_out, scale_in, bias):

@@ -151,7 +151,7 @@ def test_find_candidates(implementation, form):
         assert (values.int().abs() >= THRESHOLD).all()
 
 
-def test_flip_mask_sets_these_bits_and_no_others():
+def test_flip_mask_sets_these_bits_and_no_others(implementation):
     elements = torch.tensor([0, 31, 32, 70, 95], dtype=torch.int32)
     mask = flip_mask(elements, 4)
     assert torch.equal((unpack_signs(mask[None], 128)[0] < 0).nonzero().flatten(), elements.long())

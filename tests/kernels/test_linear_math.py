@@ -108,7 +108,16 @@ def test_a_row_that_is_not_a_number_stays_alone(implementation):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (130, 65), (257, 130)])
 def test_column_square_sums(implementation, shape, dtype):
     values = torch.randn(shape).to(dtype)
-    torch.testing.assert_close(column_square_sums(values), values.double().square().sum(0), rtol=1e-5, atol=1e-5)
+    sums = column_square_sums(values)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, values.double().square().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_column_that_is_not_finite_stays_alone(implementation):
+    values = torch.randn(70, 40)
+    values[3, 5], values[66, 6] = torch.nan, -torch.inf
+    finite = column_square_sums(values).isfinite()
+    assert not finite[5:7].any() and finite.sum() == 38
 
 
 @pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")

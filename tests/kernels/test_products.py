@@ -19,7 +19,7 @@ from mbdist_kernels import (
     registration,
     scale_gradients_and_signals,
 )
-from mbdist_kernels.linear_forward import linear_in_tiles_triton
+from mbdist_kernels.linear_forward import linear_forward_reference, linear_in_tiles_triton
 
 SHAPES = [(3, 40), (70, 300)]  # the second: more than two blocks of 128 columns, and a ragged one
 
@@ -127,6 +127,7 @@ def test_forward_with_bias(implementation, num_tokens, dtype):
     x, bias = torch.randn(num_tokens, 300).to(dtype), torch.randn(70)
     y = linear_forward(x, planes, scale_out, scale_in, bias)
     expected = x.double() @ dense64(planes, scale_out, scale_in).T + bias.double()
+    assert relative_error(linear_forward_reference(x, planes, scale_out, scale_in, bias), expected) < 6e-3
     assert y.dtype == dtype and relative_error(y, expected) < (6e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
