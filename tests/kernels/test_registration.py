@@ -63,7 +63,31 @@ def test_every_operation_is_checked():
     } == {name.split(",")[0] for name in CASES}
 
 
-def test_a_graph_of_operations_compiles_whole():
+@pytest.mark.parametrize("name", CASES)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)  # as many positions as there are flips
+def test_every_operation_compiles(name):
+    torch._dynamo.reset()
+    found, expected = copied(CASES[name]), copied(CASES[name])
+    result = torch.compile(operation_of(name), fullgraph=True)(*found)
+    assert_same((result, found), (operation_of(name)(*expected), expected))
+
+
+def copied(value):
+    if isinstance(value, list | tuple):
+        return type(value)(map(copied, value))
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def assert_same(found, expected):
+    if isinstance(expected, list | tuple):
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_graph_of_operations_compiles_whole(backend):
     def step(x, words, mask):
         kernels.xor_apply(words, mask)
         weight = kernels.dequantize([words, *PLANES[1:]], SCALE_OUT, SCALE_IN)
@@ -73,6 +97,6 @@ def test_a_graph_of_operations_compiles_whole():
     mask[:, 2] &= (1 << 6) - 1  # padding stays 0
     eager, compiled = PLANES[0].clone(), PLANES[0].clone()
     expected = step(x, eager, mask)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(x, compiled, mask)
+    found = torch.compile(step, fullgraph=True, backend=backend)(x, compiled, mask)
     assert torch.equal(eager, compiled)
     torch.testing.assert_close(found, expected)
