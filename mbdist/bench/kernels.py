@@ -47,6 +47,7 @@ OPERATIONS = {
     "linear, dW to signs and scales",
     "dequantize",
     "pack",
+    "signal_encode",
     "xor_apply",
     "vote, 8 ranks",
     "flip_update, int8",
@@ -206,6 +207,8 @@ def _on_words(m, n, words, dense, device, row, over) -> Iterator[Measured]:
     """Operations that know one plane at a time."""
     bits = words[0].nbytes
     yield row("pack", 0, over(kernels.pack_signs, [(w,) for w in dense]), [], 2 * m * n + bits)
+    signals = rotated(dense[0].float())
+    yield row("signal_encode", 0, over(kernels.signal_encode, [(s,) for s in signals]), [], 4 * m * n + bits)
     mask = torch.randint_like(words[0], 2)
     yield row("xor_apply", 0, over(kernels.xor_apply, [(plane, mask) for plane in words]), [], 3 * bits)
     ranks = rotated(torch.stack([words[0].view(-1)] * 8))

@@ -131,6 +131,7 @@ def _operations(
     yield "vote", "", [partial(kernels.vote, copy) for copy in ranks], of_words
     elements = packed[0].numel() * 32
     signal = torch.randn(1, elements, device=device) * 0.01
+    yield "signal_encode", "", [partial(kernels.signal_encode, signal.view(m, -1))], of_blocks
     accumulators = rotated(torch.zeros(elements, dtype=torch.int8, device=device))
     update = [partial(kernels.accumulate_signal, state, signal, 32000, 1.0, [7], 0) for state in accumulators]
     yield "flip_update", "", update, of_words
