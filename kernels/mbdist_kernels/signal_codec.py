@@ -25,7 +25,7 @@ from mbdist_kernels.unpack import unpack_signs, unpack_signs_reference
 
 def signal_encode(
     signal: torch.Tensor,  # (m, n) fp32
-    counts: torch.Tensor | None = None,  # (m,): of how many values a row's mean is, where the others are 0; n
+    counts: torch.Tensor | None = None,  # (m,): values that a row's mean is of, the others being 0; None: n
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(words (m, W) int32, magnitudes (m,) fp32). A row that is not finite has such a magnitude, others do not."""
     words, sums = _encode(signal)

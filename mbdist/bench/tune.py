@@ -1,9 +1,9 @@
 """``mbdist tune``: the settings that are fastest on this kind of device, as the table that operations read.
 
 On a GPU a grid of block sizes and warps an operation, measured on one matrix for every number of planes; then from how
-many tokens on a dense weight and the library's product beat tiles made in registers. On a CPU, which has no such
-sizes, from how many tokens on they beat sums over packed words. Settings that do not fit the GPU
-(shared memory, registers) are passed over. Inputs rotate through copies that no cache holds together.
+many tokens on a dense weight and the library's product beat tiles made in registers. Settings that do not fit the GPU
+(shared memory, registers) are passed over. On a CPU, from how many tokens on they beat sums over packed words. Inputs
+rotate through copies that no cache holds together.
 """
 
 from __future__ import annotations
