@@ -1,7 +1,10 @@
 """Operations on packed Boolean planes. Knows tensors, not models; needs torch and triton alone.
 
-An operation a file: its kernel, its version for the CPU, and the plain torch version that both are held to. (What
-conversion alone uses, ``nearest_levels`` and ``error_feedback``, has no kernel.)
+An operation a file, or one and its inverse: the kernel, the version for the CPU, and the plain torch version that both
+are held to. (What conversion alone uses, ``nearest_levels`` and ``error_feedback``, has no kernel.)
+
+No phase of training needs ``vote`` and ``signal_accumulate``: they are for methods whose ranks agree on a majority, or
+add up whole signals instead of segments.
 """
 
 from mbdist_kernels.accumulator import (
@@ -11,9 +14,11 @@ from mbdist_kernels.accumulator import (
     accumulated_values,
     set_accumulated,
 )
+from mbdist_kernels.column_square_sums import column_square_sums
 from mbdist_kernels.dequantize import dequantize
 from mbdist_kernels.error_feedback import feed_errors_forward
 from mbdist_kernels.flip_codec import flip_apply_sparse, flip_counts, flip_encode_sparse
+from mbdist_kernels.flip_mask import flip_mask
 from mbdist_kernels.flip_update import (
     FIXED_ONE,
     LOTTERY_TICKETS,
@@ -22,12 +27,10 @@ from mbdist_kernels.flip_update import (
     accumulate_signal,
     draw_tickets,
     find_candidates,
-    flip_mask,
 )
 from mbdist_kernels.layout import WORD_BITS, words_per_row
 from mbdist_kernels.linear_backward import (
     Signal,
-    column_square_sums,
     linear_backward_input,
     linear_backward_weight,
     scale_gradients_and_signals,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mbdist_kernels.flip_update import elements_of_mask
+from mbdist_kernels.flip_mask import elements_of_mask
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
 from mbdist_kernels.popcount import popcount_by_block
@@ -33,11 +33,51 @@ def flip_counts(
 
 def flip_encode_sparse(
     mask: torch.Tensor,  # (W,) int32
+    counts: torch.Tensor,  # (blocks,) int32: its ``flip_counts``
 ) -> torch.Tensor:
-    """Positions of all set bits in their blocks, as many a block as ``flip_counts`` says: uint16 (C,). On a GPU it
-    waits for their number."""
-    positions = elements_of_mask(mask) % BLOCK_ELEMENTS
-    return positions.to(torch.int16).view(torch.uint16)  # by way of int16: the low 16 bits as they are
+    """Positions of all set bits in their blocks, in order: uint16 (C,). On a GPU it waits for their number."""
+    return _encode(mask, counts).view(torch.uint16)
+
+
+def encode_reference(mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """In plain torch; what the CPU uses too. Positions as int16: the low 16 bits as they are."""
+    return (elements_of_mask(mask) % BLOCK_ELEMENTS).to(torch.int16)
+
+
+def encode_triton(mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """On a GPU: a program a block, which knows from the counts where its flips stand."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    positions = torch.empty(int(counts.sum()), dtype=torch.int16, device=mask.device)
+    chosen = settings("flip_encode_sparse")
+    if positions.numel():
+        _encode_kernel[(len(counts),)](mask.contiguous(), ends, counts, positions, mask.numel(), **chosen)
+    return positions
+
+
+@triton.jit
+def _encode_kernel(mask, ends, counts, positions, num_words, BLOCK_WORDS: tl.constexpr):
+    block = tl.program_id(0)
+    at = tl.load(ends + block) - tl.load(counts + block)
+    place = tl.arange(0, 32 * BLOCK_WORDS)
+    for start in range(0, 2048, BLOCK_WORDS):
+        word = block.to(tl.int64) * 2048 + start + tl.arange(0, BLOCK_WORDS)
+        packed = tl.load(mask + word, mask=word < num_words, other=0)
+        bit = ((packed[:, None] >> tl.arange(0, 32)[None, :]) & 1).reshape(32 * BLOCK_WORDS)
+        target = positions + at + tl.cumsum(bit, 0) - 1
+        tl.store(target, (start * 32 + place).to(tl.int16), mask=bit == 1)
+        at += tl.sum(bit)
+
+
+def _positions_of_unknown_number(mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return mask.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int16)
+
+
+_encode = operation(
+    "flip_encode_sparse(Tensor mask, Tensor counts) -> Tensor",
+    cpu=encode_reference,
+    cuda=encode_triton,
+    fake=_positions_of_unknown_number,
+)
 
 
 def flip_apply_sparse(

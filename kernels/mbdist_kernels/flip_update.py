@@ -29,6 +29,7 @@ from mbdist_kernels.accumulator import (
     in_pairs,
     weights_per_entry,
 )
+from mbdist_kernels.flip_mask import elements_of_mask
 from mbdist_kernels.launch import settings
 from mbdist_kernels.layout import WORD_BITS
 from mbdist_kernels.pack import pack_signs
@@ -51,10 +52,10 @@ def accumulate_signal(
     first_element: int,  # global index of the first weight; a multiple of 32
     form: AccumulatorFormat = INT8,
 ) -> None:
-    """Add contributions with stochastic rounding. A signal that is not a number counts as 0."""
+    """Add contributions with stochastic rounding. A signal that is not finite counts as 0."""
     if form.dtype.is_floating_point:
         for signal in signals:
-            accumulator.mul_(beta_q15 / FIXED_ONE).add_(signal.nan_to_num(0.0).clamp(-limit, limit))
+            accumulator.mul_(beta_q15 / FIXED_ONE).add_(_finite(signal).clamp(-limit, limit))
             accumulator.clamp_(-form.bound, form.bound)
             beta_q15 = FIXED_ONE
         return
@@ -72,12 +73,17 @@ def _accumulate_cpu(accumulator, signals, beta_q15, limit_q, keys, first_element
 def accumulate_reference(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
     """In plain torch: fixed-point accumulators; ``limit_q`` in units of 2^-15, ``unit`` of them to the threshold."""
     for signal, key in zip(signals, keys, strict=True):
-        wanted = (signal * float(unit)).nan_to_num(0.0).clamp(-limit_q, limit_q).round().int()
+        wanted = (_finite(signal) * float(unit)).clamp(-limit_q, limit_q).round().int()
         elements = torch.arange(first_element, first_element + signal.numel(), device=signal.device)
         moved = (accumulated_values(accumulator).int() * beta_q15 + wanted + random_bits(key, elements)) >> 15
         moved = moved.clamp(-bound, bound)
         accumulator.copy_(moved if weights_per_entry(accumulator.dtype) == 1 else in_pairs(moved))
         beta_q15 = FIXED_ONE
+
+
+def _finite(signal: torch.Tensor) -> torch.Tensor:
+    """0 where the signal is not finite: the step will be skipped, and its contributions cannot be taken back."""
+    return signal.nan_to_num(0.0, posinf=0.0, neginf=0.0)
 
 
 def accumulate_triton(accumulator, signals, beta_q15, limit_q, keys, first_element, unit, bound) -> None:
@@ -139,8 +145,8 @@ def _accumulate_kernel(
     beta = beta_q15
     for c in tl.static_range(CONTRIBUTIONS):
         signal = tl.load(signals + c * tl.cast(num_elements, tl.int64) + at, mask=inside, other=0.0)
+        signal = tl.where(tl.abs(signal) < float("inf"), signal, 0.0)  # not so of a NaN either
         wanted = signal * UNIT
-        wanted = tl.where(wanted == wanted, wanted, 0.0)
         wanted = tl.minimum(tl.maximum(wanted, -limit), limit)
         # Round to nearest even by the magic number 1.5 * 2^23, as |wanted| < 2^22.
         whole = ((wanted + 12582912.0) - 12582912.0).to(tl.int32)
@@ -254,28 +260,9 @@ _candidate_mask = operation(
 )
 
 
-def elements_of_mask(
-    mask: torch.Tensor,  # (W,) int32
-) -> torch.Tensor:
-    """The elements whose bit is 1, in order: int32. On a GPU it waits for their number."""
-    words = mask.nonzero()[:, 0]  # few: bits are looked for in these alone
-    which, bit = unpack_bits(mask[words, None]).nonzero(as_tuple=True)
-    return (words[which] * WORD_BITS + bit).int()
-
-
 def draw_tickets(
     key: int,
     elements: torch.Tensor,  # int64, global indices
 ) -> torch.Tensor:
     """A lottery ticket in [0, 64) for every element, to choose among candidates of equal rank: int64."""
     return (random_bits(key, elements) % LOTTERY_TICKETS).long()
-
-
-def flip_mask(
-    elements: torch.Tensor,  # (C,) int32, distinct
-    num_words: int,
-) -> torch.Tensor:
-    """int32 (num_words,): bit 1 at these elements. Applying it is an XOR."""
-    mask = torch.zeros(num_words, dtype=torch.int32, device=elements.device)
-    bits = torch.ones_like(elements) << (elements % WORD_BITS)
-    return mask.index_add_(0, elements // WORD_BITS, bits)  # bits are disjoint, so a wrapping sum is an or

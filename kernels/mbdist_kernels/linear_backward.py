@@ -253,15 +253,6 @@ def _epilogue_kernel(
             tl.store(target, signal, mask=in_words[:, :, None])
 
 
-def column_square_sums(
-    values: torch.Tensor,  # (T, n) fp32 or bf16
-) -> torch.Tensor:
-    """sum_t values[t, j]^2 for every column: fp64 (n,), one pass, the same bits for any number of threads."""
-    if native.serves(values):
-        return native.column_square_sums(values)
-    return torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square()
-
-
 _epilogue = operation(
     "scale_gradients_and_signals(Tensor gradient, Tensor[] planes, Tensor scale_out, Tensor scale_in, "
     "Tensor(a!) grad_scale_out, Tensor(b!) grad_scale_in, Tensor[] row_factors, Tensor[] column_factors, "

@@ -1,9 +1,9 @@
 """y = x W_hat^T + b: the product of a multi-Boolean layer, by the cheapest of three ways for the number of tokens.
 
-Few tokens (up to 16, on a CPU 4) take ``linear_decode``. Many take a dense weight in scratch memory and the library's
-product: the dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes
-tiles of the weight on its way to the tensor cores. From how many tokens on the dense pass pays is measured for a kind
-of GPU (``mbdist tune``); without a measurement it is 1536, where a product that loses 18 % to the library breaks even.
+Few tokens (up to 16) take ``linear_decode``. Many take a dense weight in scratch memory and the library's product: the
+dense pass costs a fixed time, the product grows with the tokens. In between, on a GPU, a kernel makes tiles of the
+weight on its way to the tensor cores. From how many tokens on the dense pass pays is measured for a kind of device and
+a number of planes (``mbdist tune``); ``launch.rule`` says what it is without a measurement.
 
 Worked example: B = +1 -1, s_out = 2, s_in = (1, 3), x = (5, 1), b = 1: W_hat = (2, -6) and y = 10 - 6 + 1 = 5.
 """
@@ -18,12 +18,10 @@ import triton.language as tl
 
 from mbdist_kernels import native
 from mbdist_kernels.bits import as_bits, bits_of_float, product, words_at
-from mbdist_kernels.dequantize import dense_block, dense_in_scratch
+from mbdist_kernels.dequantize import dense_block, dense_in_scratch, dequantize_reference
 from mbdist_kernels.launch import settings
 from mbdist_kernels.linear_decode import MOST_TOKENS, linear_decode
 from mbdist_kernels.registration import operation
-
-_PACKED_TO_TOKENS_CPU = 4  # where K = 2 breaks even: the packed way costs the same for every token
 
 
 def linear_forward(
@@ -37,9 +35,16 @@ def linear_forward(
     return _linear_forward(x, planes, scale_out, scale_in, bias)
 
 
+def linear_forward_reference(x, planes, scale_out, scale_in, bias):
+    """In plain torch, the weight dense in x's dtype."""
+    y = x @ dequantize_reference(planes, scale_out, scale_in).to(x.dtype).T
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 def linear_forward_cpu(x, planes, scale_out, scale_in, bias):
-    """Packed or dense."""
-    if 0 < len(x) <= _PACKED_TO_TOKENS_CPU and native.accelerator() is not None:
+    """Packed or dense; dense alone without the accelerator, whose sums over packed words are what pays."""
+    packed_below = min(settings("dense_from_cpu", len(planes))["tokens"], MOST_TOKENS + 1)
+    if 0 < len(x) < packed_below and native.accelerator() is not None:
         return _add_bias(linear_decode(x, planes, scale_out, scale_in), bias)
     return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
 

@@ -123,6 +123,33 @@ inline uint32_t negative_bits(const float* value) {
 #endif
 }
 
+// Sign words of rows and, where ``sums`` is given, the sum of each row's magnitudes.
+template <typename In>
+void pack_signs(const In* values, int64_t rows, int64_t columns, uint32_t* words, float* sums, int threads) {
+  const int64_t row_words = (columns + kWordBits - 1) / kWordBits;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    float sizes[kWordBits] = {};
+    for (int64_t w = 0; w < row_words; ++w) {
+      const In* source = values + i * columns + w * kWordBits;
+      const int64_t width = std::min<int64_t>(kWordBits, columns - w * kWordBits);
+      float value[kWordBits] = {};
+      if (width == kWordBits) {
+        for (int b = 0; b < kWordBits; ++b) value[b] = load(source + b);
+      } else {
+        for (int64_t b = 0; b < width; ++b) value[b] = load(source + b);
+      }
+      words[i * row_words + w] = negative_bits(value);
+      if (sums)
+        for (int b = 0; b < kWordBits; ++b) sizes[b] += std::fabs(value[b]);
+    }
+    if (!sums) continue;
+    float total = 0.0f;
+    for (int b = 0; b < kWordBits; ++b) total += sizes[b];
+    sums[i] = total;
+  }
+}
+
 template <int K, typename In>
 void backward(const Planes& p, const In* gradient, float* grad_out, int64_t grad_out_stride, float* grad_in,
               const Signals& out, int threads) {
@@ -358,6 +385,8 @@ inline void random_of_word(uint32_t pair, uint32_t key, int32_t* draws) {
 // To nearest even by the magic number 1.5 * 2^23: for |value| < 2^22, and it vectorises everywhere.
 inline int32_t rounded(float value) { return static_cast<int32_t>((value + 12582912.0f) - 12582912.0f); }
 
+inline float finite(float value) { return std::fabs(value) < INFINITY ? value : 0.0f; }
+
 inline float clamped(float value, float limit) {  // 0 for a NaN
   value = value == value ? value : 0.0f;
   return std::min(std::max(value, -limit), limit);
@@ -472,7 +501,7 @@ void accumulate_signal(uint8_t* accumulator, const float* signals, int64_t contr
       int32_t random[kWordBits];
       random_of_word(pair, keys[c], random);
       for (int b = 0; b < kWordBits; ++b) {
-        const int32_t whole = rounded(clamped(signal[b] * unit, limit));
+        const int32_t whole = rounded(clamped(finite(signal[b]) * unit, limit));
         const int32_t moved = (state[b] * beta + whole + random[b]) >> 15;
         state[b] = std::min(std::max(moved, -bound), bound);
       }
@@ -527,6 +556,14 @@ void mbdist_dequantize(const Planes* planes, void* out, int is_bf16, int threads
     else
       dequantize<k>(*planes, static_cast<float*>(out), threads);
   });
+}
+
+void mbdist_pack_signs(const void* values, int is_bf16, int64_t rows, int64_t columns, uint32_t* words, float* sums,
+                       int threads) {
+  if (is_bf16)
+    pack_signs(static_cast<const uint16_t*>(values), rows, columns, words, sums, threads);
+  else
+    pack_signs(static_cast<const float*>(values), rows, columns, words, sums, threads);
 }
 
 void mbdist_scale_gradients_and_signals(const Planes* planes, const void* gradient, int is_bf16, float* grad_out,

@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mbdist_kernels.accumulator import weights_per_entry
+from mbdist_kernels.layout import words_per_row
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -172,6 +173,20 @@ def dequantize(planes, scale_out, scale_in, out) -> None:
     accelerator().mbdist_dequantize(
         ctypes.byref(view), _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), torch.get_num_threads()
     )
+
+
+def pack_signs(values, sums=None) -> torch.Tensor:
+    """Of fp32 or bf16; ``sums`` of magnitudes are written where given."""
+    values = values.contiguous()
+    words = torch.empty(len(values), words_per_row(values.shape[1]), dtype=torch.int32)
+    accelerator().mbdist_pack_signs(
+        _pointer(values),
+        ctypes.c_int(values.dtype == torch.bfloat16),
+        *map(ctypes.c_int64, values.shape),
+        *map(_pointer, (words, sums)),
+        torch.get_num_threads(),
+    )
+    return words
 
 
 def scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_scale_out, grad_scale_in, signals) -> None:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mbdist_kernels import native
 from mbdist_kernels.bits import block_of_plane
 from mbdist_kernels.launch import grid, settings
 from mbdist_kernels.layout import WORD_BITS, words_per_row
@@ -27,7 +28,9 @@ def pack_signs(
 
 
 def pack_signs_cpu(values: torch.Tensor) -> torch.Tensor:
-    """By numpy, which packs eight bits at a time."""
+    """By the accelerator, or by numpy, which packs eight bits at a time."""
+    if values.dtype in (torch.float32, torch.bfloat16) and native.serves(values):
+        return native.pack_signs(values)
     m, n = values.shape
     padded = np.zeros((m, words_per_row(n) * WORD_BITS), dtype=bool)
     padded[:, :n] = (values < 0).numpy()

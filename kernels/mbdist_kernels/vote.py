@@ -18,6 +18,7 @@ from mbdist_kernels.registration import operation
 from mbdist_kernels.unpack import unpack_bits_reference
 
 _MOST_RANKS = 31
+_CHUNK_WORDS = 1 << 16  # of a rank
 
 
 def vote(
@@ -37,7 +38,11 @@ def vote_reference(words: torch.Tensor) -> torch.Tensor:
 
 
 def vote_cpu(words: torch.Tensor) -> torch.Tensor:
-    """In bit slices, by torch's integer operations."""
+    """In bit slices, by torch's integer operations, as many words at a time as stay in the cache."""
+    return torch.cat([_vote_in_slices(chunk) for chunk in words.split(_CHUNK_WORDS, dim=1)])
+
+
+def _vote_in_slices(words: torch.Tensor) -> torch.Tensor:
     ranks = len(words)
     slices = [torch.zeros_like(words[0]) for _ in range(ranks.bit_length())]
     for word in words:

@@ -39,6 +39,22 @@ SHAPES = {  # out x in: LLaMA-13B and LLaMA-2-70B
 }
 
 
+# What rows may be called: those of a file that have another name are of code that is gone.
+OPERATIONS = {
+    "linear, forward",
+    *(f"linear, forward: {other}" for other in OTHERS),
+    "linear, dX",
+    "linear, dW to signs and scales",
+    "dequantize",
+    "pack",
+    "signal_encode",
+    "xor_apply",
+    "vote, 8 ranks",
+    "flip_update, int8",
+    "flip_update, int4",
+}
+
+
 @dataclass
 class Measured:
     """One row; times are medians in microseconds."""
@@ -56,7 +72,7 @@ def bench_kernels(
     shapes: list[tuple[int, int]], planes: list[int], tokens: list[int], json_file: Path | None
 ) -> list[dict]:
     """Measure, print the tables, write ``json_file`` where given (rows of the same device and torch that stand there
-    and are not measured now are kept), and return what was measured."""
+    and are not measured now are kept, but for operations that there are no more), and return what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = torch.zeros(_ROTATED_BYTES, dtype=torch.uint8, device=device)
     copy = median_us([partial(torch.empty_like(large).copy_, large)], device)
@@ -83,7 +99,7 @@ def _write(json_file: Path, device: torch.device, bytes_per_us: float, rows: lis
     before = json.loads(json_file.read_text(encoding="utf-8")) if json_file.exists() else {"rows": []}
     measured = {_what(row) for row in rows}
     same = all(before.get(key) == value for key, value in here.items())
-    kept = [row for row in before["rows"] if same and _what(row) not in measured]
+    kept = [row for row in before["rows"] if same and row["op"] in OPERATIONS and _what(row) not in measured]
     result = here | {"copy_gb_s": bytes_per_us / 1e3, "rows": kept + rows}
     json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -191,6 +207,8 @@ def _on_words(m, n, words, dense, device, row, over) -> Iterator[Measured]:
     """Operations that know one plane at a time."""
     bits = words[0].nbytes
     yield row("pack", 0, over(kernels.pack_signs, [(w,) for w in dense]), [], 2 * m * n + bits)
+    signals = rotated(dense[0].float())
+    yield row("signal_encode", 0, over(kernels.signal_encode, [(s,) for s in signals]), [], 4 * m * n + bits)
     mask = torch.randint_like(words[0], 2)
     yield row("xor_apply", 0, over(kernels.xor_apply, [(plane, mask) for plane in words]), [], 3 * bits)
     ranks = rotated(torch.stack([words[0].view(-1)] * 8))

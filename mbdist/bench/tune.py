@@ -1,8 +1,9 @@
-"""``mbdist tune``: the launch settings that are fastest on this kind of GPU, as the table that kernels read.
+"""``mbdist tune``: the settings that are fastest on this kind of device, as the table that operations read.
 
-A grid of block sizes and warps an operation, measured on one matrix for every number of planes; then from how many
-tokens on a dense weight and the library's product beat tiles made in registers. Settings that do not fit the GPU
-(shared memory, registers) are passed over. Inputs rotate through copies that no cache holds together.
+On a GPU a grid of block sizes and warps an operation, measured on one matrix for every number of planes; then from how
+many tokens on a dense weight and the library's product beat tiles made in registers. Settings that do not fit the GPU
+(shared memory, registers) are passed over. On a CPU, from how many tokens on they beat sums over packed words. Inputs
+rotate through copies that no cache holds together.
 """
 
 from __future__ import annotations
@@ -19,18 +20,42 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import mbdist_kernels as kernels
 from mbdist.bench.kernels import median_us, random_weight, rotated, signal_as_words
-from mbdist_kernels.launch import TUNED, device_name, trying
+from mbdist.errors import UserError
+from mbdist_kernels import launch, native
+from mbdist_kernels.launch import trying
 from mbdist_kernels.linear_forward import linear_by_dense_weight, linear_in_tiles_triton
 
 _TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_TOKENS_CPU = (2, 3, 4, 6, 8, 10, 12, 14, 16)
+_PLANES = (1, 2, 3, 4)
 
 
-def tune(
-    output: Path | None, shape: tuple[int, int] = (8192, 8192), planes: tuple[int, ...] = (1, 2, 3, 4)
+def tune(output: Path | None) -> dict[str, dict]:
+    """Measure and write the table; returns it. Raises UserError on a CPU without the accelerator."""
+    output = output or launch.TUNED / f"{launch.device_name()}.json"
+    if torch.cuda.is_available():
+        return tune_kernels(output, torch.device("cuda"))
+    if native.accelerator() is None:
+        raise UserError("without a compiler for the accelerator a CPU has one way to multiply, and nothing to tune")
+    return tune_cpu(output)
+
+
+def tune_cpu(output: Path, shape: tuple[int, int] = (5120, 5120), planes: tuple[int, ...] = _PLANES) -> dict[str, dict]:
+    """From how many tokens on a dense weight pays."""
+    found = {}
+    for count in planes:
+        weight = random_weight(*shape, count, torch.device("cpu"))
+        found[f"K={count}"] = {"tokens": _dense_from(weight, _TOKENS_CPU, kernels.linear_decode)}
+    table = {"dense_from_cpu": found}
+    _write(table, output)
+    Console().print(f"{table}\nwritten to {output}")
+    return table
+
+
+def tune_kernels(
+    output: Path, device: torch.device, shape: tuple[int, int] = (8192, 8192), planes: tuple[int, ...] = _PLANES
 ) -> dict[str, dict]:
-    """Measure and write the table; returns it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output = output or TUNED / f"{device_name()}.json"
+    """Launch settings of all kernels, and from how many tokens on a dense weight pays."""
     console, table = Console(), {}
     for operation, bucket, calls, grid in _operations(shape, planes, device):
         found = {}
@@ -50,10 +75,12 @@ def tune(
         console.print(
             f"{operation} {bucket}: {found[best]:,.1f} us, the slowest settings take {spread:.1f} times as long"
         )
-    table["dense_from"] = {
-        f"K={count}": {"tokens": _dense_from(shape, count, device, table.get("linear_in_tiles", {}).get(f"K={count}"))}
-        for count in planes
-    }
+    found = {}
+    for count in planes:
+        with trying("linear_in_tiles", table.get("linear_in_tiles", {}).get(f"K={count}")):
+            weight = random_weight(*shape, count, device)
+            found[f"K={count}"] = {"tokens": _dense_from(weight, _TOKENS, linear_in_tiles_triton)}
+    table["dense_from"] = found
     _write(table, output)
     console.print(f"written to {output}")
     return table
@@ -104,19 +131,22 @@ def _operations(
     yield "vote", "", [partial(kernels.vote, copy) for copy in ranks], of_words
     elements = packed[0].numel() * 32
     signal = torch.randn(1, elements, device=device) * 0.01
+    yield "signal_encode", "", [partial(kernels.signal_encode, signal.view(m, -1))], of_blocks
     accumulators = rotated(torch.zeros(elements, dtype=torch.int8, device=device))
     update = [partial(kernels.accumulate_signal, state, signal, 32000, 1.0, [7], 0) for state in accumulators]
     yield "flip_update", "", update, of_words
 
 
-def _dense_from(shape: tuple[int, int], planes: int, device: torch.device, tiles: dict | None) -> int:
-    """The first of ``_TOKENS`` from which on the dense weight wins."""
-    weight = random_weight(*shape, planes, device)
-    wins = []
-    for tokens in _TOKENS:
-        x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
+def _dense_from(
+    weight: tuple,  # planes, scale_out, scale_in
+    counts: tuple[int, ...],  # of tokens, in order
+    other_way: Callable[..., torch.Tensor],  # takes x and the weight
+) -> int:
+    """The first of these counts from which on the dense weight wins; past them, where it does not."""
+    device, wins = weight[1].device, []
+    for tokens in counts:
+        x = torch.randn(tokens, weight[2].shape[1], dtype=torch.bfloat16, device=device)
         dense = median_us([partial(linear_by_dense_weight, x, *weight, None)], device)
-        with trying("linear_in_tiles", tiles):
-            wins.append(dense <= median_us([partial(linear_in_tiles_triton, x, *weight)], device))
+        wins.append(dense <= median_us([partial(other_way, x, *weight)], device))
     lost = max((i for i, won in enumerate(wins) if not won), default=-1)
-    return _TOKENS[lost + 1] if lost + 1 < len(_TOKENS) else 2 * _TOKENS[-1]
+    return counts[lost + 1] if lost + 1 < len(counts) else 2 * counts[-1]

@@ -239,11 +239,15 @@ def checkpoint(
 @app.command()
 def kernels(
     shape: Annotated[
-        list[str] | None, typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b.")
+        list[str] | None,
+        typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b, on a GPU 70b too."),
     ] = None,
     planes: Annotated[list[int] | None, typer.Option(min=1, max=8, help="K; repeatable. Default: 1 2 3.")] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens; repeatable. Default: 1 4 16 512, on a GPU 2048 8192 too.")
+        list[int] | None,
+        typer.Option(
+            min=1, help="Tokens; repeatable. Default: 1 4 16 512; on a CPU 6 8 12 too, on a GPU 1024 2048 8192."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None,
@@ -260,9 +264,10 @@ def kernels(
 
     _check_folder(json_file)
     sizes = []
-    for name in shape or ["13b"]:
+    on_gpu = torch.cuda.is_available()
+    for name in shape or (["13b", "70b"] if on_gpu else ["13b"]):
         if name not in SHAPES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
             raise UserError(f"--shape {name}: {', '.join(SHAPES)}, or rows and columns as in 5120x5120")
         sizes += SHAPES.get(name) or [tuple(map(int, name.split("x")))]
-    default_tokens = [1, 4, 16, 512] + ([2048, 8192] if torch.cuda.is_available() else [])
+    default_tokens = [1, 4, 16, 512, 1024, 2048, 8192] if on_gpu else [1, 4, 6, 8, 12, 16, 512]
     bench_kernels(sizes, planes or [1, 2, 3], tokens or default_tokens, json_file)

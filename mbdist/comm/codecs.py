@@ -30,8 +30,8 @@ from mbdist_kernels import (
     decode_rows,
     draw_signs,
     encode_rows,
-    pack_signs,
     reused_scratch,
+    signal_encode,
     words_per_row,
 )
 
@@ -246,9 +246,9 @@ class SignCodec(_RowCodec):
         return self._message(signal.words, signal.magnitudes, segments)
 
     def encode_segment(self, values: torch.Tensor, segments: Segments, rank: int, key: int) -> torch.Tensor:
-        rows = segments.in_whole_rows(values, rank)
-        magnitudes = rows.abs().sum(1) / segments.columns_present(rank).clamp(min=1).to(rows.device)
-        return self._segment_message(pack_signs(rows), magnitudes, segments, rank)
+        present = segments.columns_present(rank).clamp(min=1).to(values.device)
+        words, magnitudes = signal_encode(segments.in_whole_rows(values, rank), present)
+        return self._segment_message(words, magnitudes, segments, rank)
 
 
 class UnbiasedSignCodec(_RowCodec):

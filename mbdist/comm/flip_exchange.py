@@ -55,7 +55,7 @@ def gather_masks(
         if most == 0:
             gathered.append(mask.new_zeros(communicator.world_size, len(bucket)))
         elif len(blocks) + most // 2 < len(bucket):
-            positions = flip_encode_sparse(bucket)
+            positions = flip_encode_sparse(bucket, blocks)
             padded = torch.nn.functional.pad(positions.view(torch.int16), (0, most - len(positions)))
             messages = communicator.all_gather(torch.cat([blocks, padded.view(torch.int32)]), "flips")
             gathered.append(torch.stack([_mask_of(message, len(blocks), len(bucket)) for message in messages]))

@@ -326,8 +326,8 @@ class BooleanOptimizer:
         return bool(torch.isfinite(self.curvature.sums).all())
 
     def skip(self) -> None:
-        """End a step that flips nothing. Accumulators keep what its micro-batches added before the step was given up
-        (bounded by ``max_step``, and 0 for a signal that is not a number)."""
+        """End a step that flips nothing. What was not finite has counted as 0; accumulators keep what else its
+        micro-batches added (bounded by ``max_step``), and its decay."""
         self.curvature.discard()
         for entry in self._training():
             entry.beta_q15 = FIXED_ONE  # its decay has been applied

@@ -1,6 +1,7 @@
 """The kernel bench and the tuner on small matrices: real operations, real rows; the tuner runs in the interpreter."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from typer.testing import CliRunner
 
 from mbdist.bench import kernels as kernel_bench
 from mbdist.bench import tune as tuner
-from mbdist.bench.kernel_goals import goal_table
+from mbdist.bench.kernel_goals import GOALS, STEP, goal_table
 from mbdist.bench.kernels import bench_kernels
 from mbdist.bench.other_kernels import why_not
 from mbdist.cli.main import app
-from mbdist_kernels import launch, registration
+from mbdist_kernels import launch, linear_decode, native, registration
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def test_rows_name_operation_shape_and_baseline(tmp_path):
     assert {row["planes"] for row in rows} == {1, 2} and {row["batch"] for row in rows} == {0, 1, 32}
     decoding = next(row for row in rows if row["op"] == "linear, forward" and row["batch"] == 1)
     assert decoding["shape"] == "64x96" and decoding["us"] > 0 and decoding["baseline_us"] > 0 < decoding["floor_us"]
-    assert {"pack", "dequantize", "vote, 8 ranks", "linear, dW to signs and scales"} <= {row["op"] for row in rows}
+    assert {row["op"] for row in rows} == {op for op in kernel_bench.OPERATIONS if ":" not in op}
 
 
 def test_rows_of_other_shapes_are_kept_and_the_same_ones_replaced(tmp_path):
@@ -38,7 +39,8 @@ def test_rows_of_other_shapes_are_kept_and_the_same_ones_replaced(tmp_path):
     before = json.loads(results.read_text())
     for row in before["rows"]:
         row["us"] = -1
-    results.write_text(json.dumps(before | {"rows": [*before["rows"], before["rows"][0] | {"shape": "1x1"}]}))
+    others = [before["rows"][0] | {"shape": "1x1"}, before["rows"][0] | {"op": "as it was called before"}]
+    results.write_text(json.dumps(before | {"rows": [*before["rows"], *others]}))
     rows = bench_kernels([(32, 64)], [1], [1], results)
     assert json.loads(results.read_text())["rows"][1:] == rows and len(rows) == len(before["rows"])
     assert all(row["us"] > 0 for row in rows)
@@ -56,14 +58,74 @@ def test_goals_say_whether_they_were_reached_or_not_measured():
     assert why_not("gemlite") and why_not("torch") == (None if torch.cuda.is_available() else "needs a GPU")
 
 
+def test_goals_of_a_whole_model_and_a_whole_step_are_sums_of_rows():
+    shapes = {"8192x8192": 7.0, "1024x8192": 2.0, "28672x8192": 20.0, "8192x28672": 21.0}
+    row = {"op": "linear, forward", "planes": 1, "batch": 1, "baseline_us": 100.0}
+    rows = [row | {"shape": shape, "us": us} for shape, us in shapes.items()]
+    rows += [row | {"shape": "8192x8192", "batch": 8192, "op": op, "us": 107.0} for op in STEP]
+
+    def measured(of, planes, rows):
+        table = [list(column.cells) for column in goal_table(rows, True).columns]
+        return next(cells[6:] for cells in zip(*table, strict=True) if cells[0] == of and cells[2] == planes)
+
+    assert measured("all linear layers", "1", rows) == ("6,320.00", "no")  # 80 * (2 * (7 + 2 + 20) + 21)
+    assert measured("forward, dX and dW", "1", rows) == ("1.07", "yes")
+    assert measured("all linear layers", "3", rows) == ("not measured", "")
+    assert measured("all linear layers", "1", rows[1:]) == ("not measured", "")
+
+
+@pytest.mark.parametrize(("on_gpu", "families"), [(False, ["13b"]), (True, ["13b", "70b"])])
+def test_by_default_a_gpu_is_measured_on_all_that_goals_are_of(monkeypatch, on_gpu, families):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(kernel_bench, "bench_kernels", lambda *arguments: asked.extend(arguments))
+    assert CliRunner().invoke(app, ["bench", "kernels"]).exit_code == 0
+    shapes, planes, tokens, _ = asked
+    assert shapes == [shape for family in families for shape in kernel_bench.SHAPES[family]]
+    if on_gpu:
+        names = {f"{m}x{n}" for m, n in shapes} | {"70b"}
+        for goal in GOALS:
+            assert goal.shape in names and goal.planes in planes and goal.batch in (0, *tokens)
+
+
 def test_a_shape_that_is_none_is_refused():
     found = CliRunner().invoke(app, ["bench", "kernels", "--shape", "big"])
     assert found.exit_code != 0 and "5120x5120" in str(found.exception)
 
 
-def test_tuning_without_a_gpu_says_so():
+@pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is tuned instead")
+def test_tuning_a_cpu_finds_from_how_many_tokens_on_a_dense_weight_pays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "tune_cpu", partial(tuner.tune_cpu, shape=(32, 64), planes=(1, 3)))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
     found = CliRunner().invoke(app, ["tune"])
-    assert found.exit_code != 0 and "none here" in str(found.exception)
+    assert found.exit_code == 0, found.output
+    table = json.loads((tmp_path / "cpu.json").read_text())["dense_from_cpu"]
+    assert table.keys() == {"K=1", "K=3"} and all(
+        value["tokens"] in (*tuner._TOKENS_CPU, 32) for value in table.values()
+    )
+    launch.measured.cache_clear()
+    try:
+        assert launch.settings("dense_from_cpu", 3) == table["K=3"]
+        assert launch.settings("dense_from_cpu", 2) == launch.rule("dense_from_cpu", 2)
+    finally:
+        monkeypatch.undo()
+        launch.measured.cache_clear()
+
+
+def test_a_dense_weight_pays_from_where_it_always_wins(monkeypatch):
+    weight = (None, torch.ones(1, 4), torch.ones(1, 4))
+    for wins, expected in (([1, 1, 1], 2), ([0, 1, 1], 4), ([1, 0, 1], 8), ([1, 1, 0], 16)):
+        times = iter([us for won in wins for us in ((1, 2) if won else (2, 1))])
+        monkeypatch.setattr(tuner, "median_us", lambda calls, device, times=times: next(times))
+        assert tuner._dense_from(weight, (2, 4, 8), linear_decode) == expected
+
+
+def test_tuning_a_cpu_without_the_accelerator_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "accelerator", lambda: None)
+    found = CliRunner().invoke(app, ["tune"])
+    assert found.exit_code != 0 and "nothing to tune" in str(found.exception)
 
 
 @pytest.mark.slow
@@ -79,7 +141,8 @@ def test_the_tuner_writes_a_table_that_kernels_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "_TOKENS", (17, 32))
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     with registration.kernels_on_cpu():
-        table = tuner.tune(tmp_path / f"{launch.device_name()}.json", (64, 128), (1,))
+        output = tmp_path / f"{launch.device_name()}.json"
+        table = tuner.tune_kernels(output, torch.device("cpu"), (64, 128), (1,))
     launch.measured.cache_clear()
     try:
         assert launch.settings("dequantize", 1) == table["dequantize"]["K=1"] and table["dequantize"]["K=1"]

@@ -38,9 +38,10 @@ class Kernel:
     operation: str | None = None  # whose launch settings are taken
     planes: int | None = None
     fuse: bool = False
+    other: dict = field(default_factory=dict)  # launch settings than these
 
     def __post_init__(self):
-        chosen = rule(self.operation, self.planes) if self.operation else {"num_warps": 4}
+        chosen = (rule(self.operation, self.planes) if self.operation else {"num_warps": 4}) | self.other
         self.constants |= {key: value for key, value in chosen.items() if key not in NOT_BLOCKS}
         self.options = {key: chosen[key] for key in NOT_BLOCKS if key in chosen} | {"enable_fp_fusion": self.fuse}
         self.function = getattr(importlib.import_module(f"mbdist_kernels.{self.module}"), self.name)
@@ -108,28 +109,44 @@ def _loops(body: list[str]):
 def all_kernels():
     sizes = dict.fromkeys(("num_rows", "num_columns", "row_words"), "i32")
     scales = {"scale_out": "*fp32", "scale_in": "*fp32"}
-    for k in (1, 2, 3, 4):
+    most = 4  # planes: with them alone what differs little is compiled too
+    for k in range(1, most + 1):
         common = {"planes": ("*i32",) * k, **scales, **sizes}
 
-        def of_planes(operation, module, name, arguments, constants, what="", fuse=False, common=common, k=k):
-            constants = {"PLANES": k, **constants}
+        def of_planes(operation, name, arguments, constants, what="", fuse=False, other=(), common=common, k=k):
+            module = "linear_forward" if operation == "linear_in_tiles" else operation
             title = f"{operation}, K={k}{what}"
-            return Kernel(title, module, name, common | arguments, constants, operation, k, fuse)
+            return Kernel(
+                title, module, name, common | arguments, {"PLANES": k, **constants}, operation, k, fuse, dict(other)
+            )
 
         more = dict.fromkeys(("num_tokens", "padded", "split_words"), "i32")
-        inputs = {"inputs": "*bf16", "parts": "*i16", **more}
-        yield of_planes("linear_decode", "linear_decode", "_decode_kernel", inputs, {"SIXTEEN": True}, fuse=True)
+        for what, kind, other in (  # the last: for a GPU whose blocks have less memory
+            ("", "*i16", {}),
+            (", in parts", "*i32", {"SPLIT": 4}),
+            (", 3 stages", "*i16", {"num_stages": 3}),
+        ):
+            inputs, constants = {"inputs": "*bf16", "parts": kind, **more}, {"SIXTEEN": kind == "*i16"}
+            if "num_stages" in other and k != most:
+                continue
+            yield of_planes("linear_decode", "_decode_kernel", inputs, constants, what, True, other)
         inputs = {"x": "*bf16", "y": "*i16", "num_tokens": "i32"}
-        yield of_planes("linear_in_tiles", "linear_forward", "_tiles_kernel", inputs, {}, fuse=True)
-        yield of_planes("dequantize", "dequantize", "_dequantize_kernel", {"out": "*i16"}, {"SIXTEEN": True})
+        yield of_planes("linear_in_tiles", "_tiles_kernel", inputs, {}, fuse=True)
+        for what, kind in (("", "*i16"), (", fp32", "*i32"))[: 1 + (k == most)]:
+            constants = {"SIXTEEN": kind == "*i16"}
+            yield of_planes("dequantize", "_dequantize_kernel", {"out": kind}, constants, what)
         parts = dict.fromkeys(("out_parts", "in_parts", "size_parts"), "*fp32")
-        factors = dict.fromkeys(("row_factors", "column_factors"), ("*fp32",))
-        for what, kind in ((", values", "*fp32"), (", words", "*i32")):
-            inputs = {"gradient": "*i16", "signals": (kind,), **parts, **factors}
-            constants = {"SIGNALS": 1, "AS_WORDS": kind == "*i32"}
-            yield of_planes(
-                "linear_backward", "linear_backward", "_epilogue_kernel", inputs, constants, what, fuse=True
-            )
+        for what, count, kind, gradient in (
+            (", values", 1, "*fp32", "*i16"),
+            (", words", 1, "*i32", "*i16"),
+            (", values, fp32", 1, "*fp32", "*i32"),
+            (", words, 2 signals", 2, "*i32", "*i16"),
+            (", no signal", 0, "*fp32", "*i16"),
+        )[: 5 if k == most else 2]:
+            factors = dict.fromkeys(("row_factors", "column_factors"), ("*fp32",) * count)
+            inputs = {"gradient": gradient, "signals": (kind,) * count, **parts, **factors}
+            constants = {"SIGNALS": count, "AS_WORDS": kind == "*i32"}
+            yield of_planes("linear_backward", "_epilogue_kernel", inputs, constants, what, True)
     inputs = {
         "x": "*i16",
         "scale_in": "*fp32",
@@ -152,13 +169,23 @@ def all_kernels():
         for by_size in (False, True):
             title, constants = f"candidate_mask{', by size' * by_size}{what}", {"BY_SIZE": by_size, **pairs}
             yield Kernel(title, "flip_update", "_candidate_kernel", inputs, constants, "candidate_mask")
-    constants = {"INFINITY": 0x7F80, "MAGNITUDE": 0x7FFF}
-    yield Kernel("pack", "pack", "_pack_kernel", {"values": "*i16", "words": "*i32", **sizes}, constants, "pack")
-    inputs = {"words": "*i32", "out": "*bf16", **sizes}
-    yield Kernel("unpack", "unpack", "_unpack_kernel", inputs, {"BITS": False}, "unpack")
+    flips = dict.fromkeys(("words", "mask", "elements", "ends", "counts"), "*i32")
+    flips |= {"positions": "*i16", "num_words": "i32"}
+    for what, kind, infinity, magnitude in (("", "*i16", 0x7F80, 0x7FFF), (", fp32", "*i32", 0x7F800000, 0x7FFFFFFF)):
+        inputs, constants = {"values": kind, "words": "*i32", **sizes}, {"INFINITY": infinity, "MAGNITUDE": magnitude}
+        yield Kernel(f"pack{what}", "pack", "_pack_kernel", inputs, constants, "pack")
+    for what, kind in (("", "*bf16"), (", bits", "*i8")):
+        inputs, constants = {"words": "*i32", "out": kind, **sizes}, {"BITS": kind == "*i8"}
+        yield Kernel(f"unpack{what}", "unpack", "_unpack_kernel", inputs, constants, "unpack")
     yield Kernel("popcount", "popcount", "_popcount_kernel", words | {"counts": "*i32"}, {}, "popcount")
     yield Kernel("xor_apply", "xor_apply", "_xor_kernel", words | {"mask": "*i32"}, {}, "xor_apply")
     yield Kernel("vote", "vote", "_vote_kernel", words | {"majority": "*i32"}, {"RANKS": 8}, "vote")
+    yield Kernel("flip_mask", "flip_mask", "_mask_kernel", {**flips, "num_elements": "i32"}, {}, "flip_mask")
+    inputs = {"signal": "*fp32", "words": "*i32", "parts": "*fp32", **sizes}
+    yield Kernel("signal_encode", "signal_codec", "_encode_kernel", inputs, {}, "signal_encode")
+    inputs = {"values": "*i16", "parts": "*fp32", "num_tokens": "i32", "num_columns": "i32"}
+    title = "column_square_sums"
+    yield Kernel(title, title, "_squares_kernel", inputs, {}, title)
     inputs = {"total": "*fp32", "words": "*i32", "magnitudes": "*fp32", **sizes}
     yield Kernel("signal_accumulate", "signal_codec", "_accumulate_kernel", inputs, {"RANKS": 8}, "signal_accumulate")
     of_rows = {
@@ -176,14 +203,15 @@ def all_kernels():
         title, constants = f"decode_rows, {bits} bits", {"BITS": bits}
         yield Kernel(title, "row_codes", "_decode_kernel", of_rows | sizes, constants, "row_codes")
     yield Kernel("draw_signs", "row_codes", "_draw_kernel", of_rows | sizes, {}, "row_codes")
-    inputs = {"words": "*i32", "positions": "*i16", "ends": "*i32", "counts": "*i32"}
-    yield Kernel("flip_apply_sparse", "flip_codec", "_apply_kernel", inputs, {}, "flip_apply_sparse")
+    yield Kernel("flip_encode_sparse", "flip_codec", "_encode_kernel", flips, {}, "flip_encode_sparse")
+    yield Kernel("flip_apply_sparse", "flip_codec", "_apply_kernel", flips, {}, "flip_apply_sparse")
 
 
 if __name__ == "__main__":
     kernels = list(all_kernels())
     result = {
         "triton": triton.__version__,
+        "functions": sorted({f"{kernel.module}.{kernel.name}" for kernel in kernels}),
         "errors_with_ones": [error for kernel in kernels for error in kernel.errors_with_ones()],
         "kernels": {kernel.title: kernel.compile() for kernel in kernels},
     }

@@ -9,10 +9,12 @@ from test_linear_math import random_planes
 from test_registration import CASES, operation_of
 from test_words import random_words
 
+from mbdist_kernels import flip_counts
+from mbdist_kernels.flip_mask import elements_of_mask
 from mbdist_kernels.registration import kernels_on_cpu
 
 KERNELS_ON = "cuda" if torch.cuda.is_available() else "cpu"
-SUMS = {"linear_decode", "linear_forward", "scale_gradients_and_signals"}
+SUMS = {"linear_decode", "linear_forward", "scale_gradients_and_signals", "signal_encode", "column_square_sums"}
 
 
 def larger_cases():
@@ -30,9 +32,12 @@ def larger_cases():
     gradients = (torch.zeros(3, 300), torch.zeros(3, 2100))
     gradient = torch.randn(300, 2100).bfloat16()
     yield "scale_gradients_and_signals", (gradient, planes, scale_out, scale_in, *gradients, *signals)
+    yield "signal_encode", (torch.randn(300, 2100),)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield "column_square_sums", (torch.randn(200, 300).to(dtype),)
     accumulator = torch.randint(-127, 128, (640_000,), dtype=torch.int8)
     signal = torch.randn(3, 640_000) * 0.3
-    signal[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    signal[0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30])
     yield "accumulate_signal", (accumulator, signal, 30_000, 1 << 20, [7, 2**32 - 5, 9], 2**33, 64 << 15, 127)
     yield "candidate_mask", (accumulator, random_words(20_000), 64)
     pairs = torch.randint(0, 256, (320_000,), dtype=torch.uint8)
@@ -50,13 +55,16 @@ def larger_cases():
         )
     yield "vote", (random_words(8, 20_001),)
     yield "popcount", (random_words(20_001), 2048)
+    mask = random_words(20_001) & random_words(20_001, seed=1) & random_words(20_001, seed=2)
+    yield "flip_encode_sparse", (mask, flip_counts(mask))
+    yield "flip_mask", (elements_of_mask(mask), 20_001)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*CASES.items(), *larger_cases()])
 def test_operation(name, arguments):
-    if name == "linear_decode" and arguments[0].dtype == torch.float32:
+    if name.startswith("linear_decode") and arguments[0].dtype == torch.float32:
         arguments = (arguments[0].bfloat16(), *arguments[1:])  # kernels multiply in bf16
-    operation = operation_of(name)
+    operation, name = operation_of(name), name.split(",")[0]
     found, expected = [], []
     for device, results in ((KERNELS_ON, found), ("cpu", expected)):
         given = [_copy(argument, device) for argument in arguments]
@@ -67,7 +75,9 @@ def test_operation(name, arguments):
     for a, b in zip(found, expected, strict=True):
         if name in SUMS and a.is_floating_point():
             assert (a.float() - b.float()).norm() <= 6e-3 * b.float().norm() + 1e-6
-        elif name in SUMS and a.dtype == torch.int32:  # signs of what is near zero may differ by a rounding
+        elif (
+            name == "scale_gradients_and_signals" and a.dtype == torch.int32
+        ):  # signs of what is near zero may differ by a rounding
             assert (a != b).float().mean() < 0.01
         else:
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -45,10 +45,13 @@ def test_no_kernel_spills(compiled):
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 def test_products_run_on_tensor_cores_and_decoding_with_the_weight_in_registers(compiled, planes):
-    decode, tiles = (compiled[f"{name}, K={planes}"] for name in ("linear_decode", "linear_in_tiles"))
-    assert decode["tensor_core"] > 0 and tiles["tensor_core"] > 0
-    assert decode["loop_instructions"] > 400, "the loop was not found"
-    assert decode["loop_shared_stores"] == 0
+    assert compiled[f"linear_in_tiles, K={planes}"]["tensor_core"] > 0
+    decoding = [found for title, found in compiled.items() if title.startswith(f"linear_decode, K={planes}")]
+    assert len(decoding) >= 2
+    for decode in decoding:
+        assert decode["tensor_core"] > 0
+        assert decode["loop_instructions"] > 400, "the loop was not found"
+        assert decode["loop_shared_stores"] == 0
 
 
 def test_counts_are_those_of_the_golden_file(compiled):
@@ -60,11 +63,10 @@ def test_counts_are_those_of_the_golden_file(compiled):
             assert found[count] <= GOLDEN["kernels"][name][count] * TOLERANCE, (name, count)
 
 
-def test_every_kernel_is_compiled():
-    script = (HERE / "compile_for_h100.py").read_text()
+def test_every_kernel_is_compiled(output):
     kernels = []
     for module in pkgutil.iter_modules(mbdist_kernels.__path__):
         source = inspect.getsource(importlib.import_module(f"mbdist_kernels.{module.name}"))
-        kernels += [(module.name, name) for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)]
+        kernels += [f"{module.name}.{name}" for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)]
     assert len(kernels) >= 14
-    assert [kernel for kernel in kernels if '"{}", "{}"'.format(*kernel) not in script] == []
+    assert sorted(kernels) == output["functions"]

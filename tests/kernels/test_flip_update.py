@@ -45,13 +45,14 @@ def lowbias32(x: int) -> int:
 def oracle(form, m: int, signal: float, beta_q15: int, limit: float, key: int, element: int) -> int:
     """One element in plain Python integers."""
     limit_q = round(limit * form.threshold * FIXED_ONE)
-    wanted = float(np.float32(signal) * np.float32(form.threshold * FIXED_ONE))
-    wanted = 0.0 if wanted != wanted else min(max(wanted, -limit_q), limit_q)
+    wanted = np.float32(signal).item() * form.threshold * FIXED_ONE if np.isfinite(signal) else 0.0
+    wanted = min(max(wanted, -limit_q), limit_q)
     mixed = lowbias32(((element // 2) * 0x9E3779B9 + key) & 0xFFFFFFFF)
     r = mixed & 0x7FFF if element % 2 == 0 else mixed >> 17
     return max(-form.bound, min(form.bound, (m * beta_q15 + round(wanted) + r) >> 15))
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of what is clamped afterwards, by numpy in the interpreter
 @pytest.mark.parametrize("form", FIXED_POINT.values(), ids=FIXED_POINT)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.integers(0, FIXED_ONE), st.floats(0.001, 1), st.integers(0, 2**28))
@@ -59,7 +60,7 @@ def test_accumulate_equals_plain_integers(implementation, form, seed, beta_q15, 
     generator = torch.Generator().manual_seed(seed)
     start = random_values(form, 64, seed)
     signals = torch.randn(2, 64, generator=generator)
-    signals[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    signals[0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 3e38, -3e38])
     keys = [fold_key(seed, 1), fold_key(seed, 2)]
     expected = []
     for e in range(64):
@@ -150,7 +151,7 @@ def test_find_candidates(implementation, form):
         assert (values.int().abs() >= THRESHOLD).all()
 
 
-def test_flip_mask_sets_these_bits_and_no_others():
+def test_flip_mask_sets_these_bits_and_no_others(implementation):
     elements = torch.tensor([0, 31, 32, 70, 95], dtype=torch.int32)
     mask = flip_mask(elements, 4)
     assert torch.equal((unpack_signs(mask[None], 128)[0] < 0).nonzero().flatten(), elements.long())
@@ -168,9 +169,9 @@ def test_int4_keeps_its_bounds(implementation):
 def test_fp32_accumulates_what_it_is_given():
     accumulator = torch.zeros(64)
     signals = torch.stack([torch.full((64,), 0.25), torch.full((64,), 5.0)])
-    signals[0, 0] = torch.nan
+    signals[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     accumulate_signal(accumulator, signals, FIXED_ONE // 2, 0.5, [1, 2], 0, ACCUMULATOR_FORMATS["fp32"])
-    assert accumulator[0] == 0.5 and (accumulator[1:] == 0.75).all()
+    assert (accumulator[:3] == 0.5).all() and (accumulator[3:] == 0.75).all()
 
 
 def test_tickets_are_drawn_by_global_element():

@@ -49,7 +49,7 @@ def test_dequantize_gives_the_same_bits_on_both_implementations(implementation, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_planes", [1, 2, 4])
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weight_pass_matches_dense_algebra(implementation, shape, num_planes, dtype):
     m, n = shape
@@ -85,10 +85,11 @@ def test_rows_of_a_chunk_are_views(implementation):
     torch.testing.assert_close(whole[1], parts[1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_that_is_not_a_number_stays_alone(implementation):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_alone(implementation, value):
     planes, scale_out, scale_in = random_planes(40, 48, 2)
     gradient = torch.randn(40, 48)
-    gradient[7] = torch.nan
+    gradient[7] = value
     grad_out, signal = torch.zeros(2, 40), torch.zeros(40, 64)
     scale_gradients_and_signals(
         gradient,
@@ -101,14 +102,23 @@ def test_a_row_that_is_not_a_number_stays_alone(implementation):
     )
     others = torch.arange(40) != 7
     assert torch.isfinite(grad_out[:, others]).all() and torch.isfinite(signal[others]).all()
-    assert signal[7, :48].isnan().all() and not signal[7, 48:].any()
+    assert not signal[7, :48].isfinite().any() and not signal[7, 48:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (130, 65), (257, 130)])
 def test_column_square_sums(implementation, shape, dtype):
     values = torch.randn(shape).to(dtype)
-    torch.testing.assert_close(column_square_sums(values), values.double().square().sum(0), rtol=1e-5, atol=1e-5)
+    sums = column_square_sums(values)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, values.double().square().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_column_that_is_not_finite_stays_alone(implementation):
+    values = torch.randn(70, 40)
+    values[3, 5], values[66, 6] = torch.nan, -torch.inf
+    finite = column_square_sums(values).isfinite()
+    assert not finite[5:7].any() and finite.sum() == 38
 
 
 @pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")

@@ -14,12 +14,14 @@ from mbdist_kernels import (
     linear_backward_weight,
     linear_decode,
     linear_forward,
+    native,
     pack_signs,
     registration,
     scale_gradients_and_signals,
 )
-from mbdist_kernels.linear_forward import linear_in_tiles_triton
+from mbdist_kernels.linear_forward import linear_forward_reference, linear_in_tiles_triton
 
+TOKENS = [1, 3, 16, 17, 65]
 SHAPES = [(3, 40), (70, 300)]  # the second: more than two blocks of 128 columns, and a ragged one
 
 
@@ -102,7 +104,21 @@ def test_a_token_that_is_not_finite_stays_alone_in_tiles():
     assert not y[1:3].isfinite().any()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 17, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_token_that_is_not_finite_stays_alone_in_a_dense_product_and_in_dx(implementation, value, dtype):
+    planes, scale_out, scale_in = random_planes(40, 70, 2)
+    for multiply, columns in ((linear_forward, 70), (linear_backward_input, 40)):
+        x = torch.randn(20, columns).to(dtype)
+        alone = multiply(x, planes, scale_out, scale_in)
+        x[1, 5] = value
+        y = multiply(x, planes, scale_out, scale_in)
+        others = torch.arange(20) != 1
+        torch.testing.assert_close(y[others], alone[others])
+        assert alone.isfinite().all() and not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tiles(shape, num_planes, num_tokens):
@@ -120,17 +136,35 @@ def test_tiles_of_several_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [1, 4, 5, 16, 17, 65])
-def test_forward_with_bias(implementation, num_tokens, dtype):
-    planes, scale_out, scale_in = random_planes(70, 300, 3)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_planes"),
+    [(tokens, (i + more) % 4 + 1) for i, tokens in enumerate(TOKENS) for more in (0, 2)],  # half of all pairs
+)
+def test_forward_with_bias(implementation, num_tokens, num_planes, dtype):
+    planes, scale_out, scale_in = random_planes(70, 300, num_planes)
     x, bias = torch.randn(num_tokens, 300).to(dtype), torch.randn(70)
     y = linear_forward(x, planes, scale_out, scale_in, bias)
     expected = x.double() @ dense64(planes, scale_out, scale_in).T + bias.double()
+    assert relative_error(linear_forward_reference(x, planes, scale_out, scale_in, bias), expected) < 6e-3
     assert y.dtype == dtype and relative_error(y, expected) < (6e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_tokens", [1, 17, 65])
+@pytest.mark.parametrize("dense_from", [1, 5, 17, 99])
+@pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")
+def test_a_cpu_makes_the_weight_dense_from_the_table_s_number_of_tokens_on(num_planes, dense_from, monkeypatch):
+    module = importlib.import_module("mbdist_kernels.linear_forward")
+    weight = random_planes(8, 40, num_planes)
+    packed = []
+    monkeypatch.setattr(module, "linear_decode", lambda x, *weight: packed.append(len(x)) or linear_decode(x, *weight))
+    with launch.trying("dense_from_cpu", {"tokens": dense_from}):
+        for tokens in (1, 4, 5, 16, 17):
+            linear_forward(torch.randn(tokens, 40), *weight)
+    assert packed == [tokens for tokens in (1, 4, 5, 16) if tokens < dense_from]
+
+
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_tokens", TOKENS)
 def test_backward_and_its_identities(implementation, num_tokens, num_planes):
     m, n = 70, 100
     planes, scale_out, scale_in = random_planes(m, n, num_planes)
@@ -170,7 +204,7 @@ def test_the_weight_gradient_is_never_whole(monkeypatch):
 def test_signals_as_words_are_those_of_the_values(implementation, dtype):
     planes, scale_out, scale_in = random_planes(65, 100, 2)
     gradient = torch.randn(65, 100).to(dtype)
-    gradient[3, 4], gradient[5] = torch.nan, 0
+    gradient[3, 4], gradient[5], gradient[6, 7] = torch.nan, 0, torch.inf
     factors = [(torch.randn(65), torch.randn(100)) for _ in range(2)]
     dense = [Signal(*pair, values=torch.full((65, 128), torch.nan)) for pair in factors]
     coded = [
@@ -184,7 +218,7 @@ def test_signals_as_words_are_those_of_the_values(implementation, dtype):
         assert torch.equal(b.words, pack_signs(a.values))
         expected = a.values.abs().sum(1) / 100
         torch.testing.assert_close(b.magnitudes, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-        assert b.magnitudes[3].isnan() and b.magnitudes.isfinite().sum() == 64
+        assert b.magnitudes[3].isnan() and b.magnitudes[6].isinf() and b.magnitudes.isfinite().sum() == 63
     assert torch.equal(grads[0][0].nan_to_num(), grads[1][0].nan_to_num())
 
 

@@ -22,7 +22,7 @@ from mbdist_kernels import (
 )
 from mbdist_kernels.pack import pack_signs_reference
 from mbdist_kernels.popcount import popcount_reference
-from mbdist_kernels.signal_codec import accumulate_reference
+from mbdist_kernels.signal_codec import accumulate_reference, encode_reference
 from mbdist_kernels.unpack import unpack_bits_reference, unpack_signs_reference
 from mbdist_kernels.vote import vote_reference
 
@@ -39,6 +39,13 @@ def test_vote_is_the_majority_and_rank_0_decides_ties(implementation, ranks):
     counts = unpack_bits(words).sum(0)
     bits = unpack_bits(vote(words)[None])[0]
     assert torch.equal(bits, torch.where(2 * counts == ranks, unpack_bits(words[:1])[0], 2 * counts > ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_vote_over_several_chunks(ranks):
+    words = random_words(ranks, (1 << 17) + 5)
+    assert torch.equal(vote(words), vote_reference(words))
+    assert vote(words[:, :0]).shape == (0,)
 
 
 def test_vote_of_more_ranks_than_counters_hold(implementation):
@@ -110,13 +117,26 @@ def test_signals_cross_as_signs_and_magnitudes(implementation, shape):
     assert ((signals[0] - decoded) * signs).sum(1).abs().max() < 1e-4
 
 
-def test_a_row_of_a_signal_that_is_not_a_number_stays_alone(implementation):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_of_a_signal_that_is_not_finite_stays_alone(implementation, value):
     signal = torch.randn(4, 70)
-    signal[2, 3] = torch.nan
+    signal[2, 3] = value
     words, magnitudes = signal_encode(signal)
+    assert torch.equal(words, pack_signs_reference(signal)), "the signs of an infinite row are those of its values"
     total = torch.zeros(4, 70)
     signal_accumulate(total, words[None], magnitudes[None])
-    assert total[[0, 1, 3]].isfinite().all() and total[2].isnan().all()
+    assert total[[0, 1, 3]].isfinite().all() and not total[2].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 100), (9, 1100)])
+def test_a_magnitude_is_the_mean_over_the_values_that_are_there(implementation, shape):
+    signal = torch.randn(shape)
+    words, sums = encode_reference(signal)
+    counts = torch.arange(1, shape[0] + 1)
+    for count in (None, counts):
+        found, magnitudes = signal_encode(signal, count)
+        assert torch.equal(found, words)
+        torch.testing.assert_close(magnitudes, sums / (shape[1] if count is None else count))
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,7 +145,8 @@ def test_sparse_flips_decode_to_their_mask(num_words, count, seed):
     generator = torch.Generator().manual_seed(seed)
     elements = torch.randperm(num_words * 32, generator=generator)[:count].int()
     mask = flip_mask(elements, num_words)
-    positions, counts = flip_encode_sparse(mask), flip_counts(mask)
+    counts = flip_counts(mask)
+    positions = flip_encode_sparse(mask, counts)
     assert len(positions) == int(counts.sum()) == len(elements) and len(counts) == -(-num_words // 2048)
     words = random_words(num_words)
     expected = words ^ mask
@@ -136,11 +157,13 @@ def test_sparse_flips_decode_to_their_mask(num_words, count, seed):
 def test_sparse_flips_on_every_implementation(implementation):
     elements = torch.tensor([3, 70_000, 70_001, 65_535, 65_536, 199_999])
     mask = flip_mask(elements.int(), 6250)
-    positions, counts = flip_encode_sparse(mask), flip_counts(mask)
+    counts = flip_counts(mask)
+    positions = flip_encode_sparse(mask, counts)
     assert positions.tolist() == [3, 65_535, 0, 4464, 4465, 3391] and counts.tolist() == [2, 3, 0, 1]
     words = torch.zeros(6250, dtype=torch.int32)
     flip_apply_sparse(words, positions, counts)
     assert torch.equal(words, mask)
     empty = torch.zeros(6250, dtype=torch.int32)
-    flip_apply_sparse(words, flip_encode_sparse(empty), flip_counts(empty))
+    counts = flip_counts(empty)
+    flip_apply_sparse(words, flip_encode_sparse(empty, counts), counts)
     assert torch.equal(words, mask)

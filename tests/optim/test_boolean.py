@@ -328,6 +328,34 @@ def test_a_signal_that_is_not_finite_is_seen_and_changes_nothing():
         assert torch.equal(layer.planes[1].data, before[name])
 
 
+def _one_step(codec, value):
+    """(whether the step is whole, accumulators) where column 0 of rank 1's dY is this value throughout."""
+    layers = make_layers()
+    communicator = Communicator(60)
+    optimizer = BooleanOptimizer(layers, RAW, CommConfig(codec=codec), communicator, 10, 1, seed=0)
+    for name, layer in layers.items():
+        x, grad_y = inputs_of(name, 0, communicator.rank)
+        if communicator.rank == 1:
+            grad_y[:, 0] = value
+        layer(x).backward(grad_y)
+    optimizer.finish_micro_batch()
+    whole = optimizer.all_finite(torch.zeros(()))
+    if not whole:
+        optimizer.skip()
+    return whole, [entry.accumulator for entry in optimizer.accumulated]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_row_of_one_rank_that_is_not_finite_skips_the_step_everywhere_and_counts_as_zeros(tmp_path, codec):
+    expected = run_on_ranks(2, tmp_path, _one_step, codec, 0.0)
+    assert all(whole and any(part.any() for part in parts) for whole, parts in expected)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        found = run_on_ranks(2, tmp_path, _one_step, codec, value)
+        for (whole, parts), (_, with_zeros) in zip(found, expected, strict=True):
+            assert not whole
+            assert all(torch.equal(part, same) for part, same in zip(parts, with_zeros, strict=True))
+
+
 def test_state_of_another_run_is_refused(tmp_path):
     layers = make_layers()
     optimizer = BooleanOptimizer(layers, RAW, CommConfig(codec="fp32"), Communicator(), 10, 1, seed=0)
