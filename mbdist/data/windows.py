@@ -60,6 +60,14 @@ def load_windows(source: DataSource, config: DataConfig, tokenizer: PreTrainedTo
     return datasets.load_from_disk(str(folder))
 
 
+def digest_of_windows(windows: datasets.Dataset) -> str:
+    """SHA-256 of the tokens of all windows."""
+    digest = hashlib.sha256(f"{len(windows)}".encode())
+    for rows in windows.select_columns("input_ids").with_format("numpy").iter(1024):
+        digest.update(np.ascontiguousarray(rows["input_ids"], np.int32))
+    return digest.hexdigest()
+
+
 def _key(source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Identifies text, tokenizer and window; a file counts with its path, size and time of change, Python's own
     documentation with Python's version."""

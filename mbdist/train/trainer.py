@@ -15,11 +15,11 @@ from typing import NoReturn
 import psutil
 import torch
 
-from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, check_resumable
+from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, changed_settings, check_inputs
 from mbdist.comm.agreement import agree, share_launch_settings
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
-from mbdist.data import Batch, Batches, load_corpus
+from mbdist.data import Batch, Batches, digest_of_windows, load_corpus
 from mbdist.engine import Engine, place
 from mbdist.errors import Interrupted, UserError
 from mbdist.model.hashing import TensorHash
@@ -78,7 +78,12 @@ class Trainer:
         )
         student = empty_model(source)
         files = WeightFiles(source, student)
-        self._agree(files)
+        self._inputs = {
+            "model": preparation_key(config),
+            "data.train": digest_of_windows(self.corpus.train),
+            "weights": files.digest(),
+        }
+        self._agree()
         share_launch_settings(communicator)
         self.bits_per_weight = bits_per_weight(student)
         self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
@@ -87,7 +92,8 @@ class Trainer:
         magnitudes = mean_magnitudes(trained, files, communicator)
         weights: Weights = files
         if saved is not None:
-            changed = check_resumable(saved, config, preparation_key(config))
+            changed = changed_settings(saved.folder, saved.state, config)
+            check_inputs(saved.folder, saved.state, self._inputs)
             weights = ResumedWeights(saved, files, dict(trained))
         place(student, weights, config, device, communicator)
         if config.train.activation_checkpointing:
@@ -127,7 +133,7 @@ class Trainer:
             self.first_step = self.steps_done = self._saved_step = saved.step
             metrics.write("resumed", step=saved.step, folder=str(saved.folder), changed=changed)
 
-    def _agree(self, files: WeightFiles) -> None:
+    def _agree(self) -> None:
         """Stop here, and not in a collective that never ends, where workers would compute different things."""
         of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}, "data": {"cache_dir"}}
         sections = self.config.model_dump(mode="json", exclude=of_this_worker)
@@ -138,7 +144,8 @@ class Trainer:
         facts["the compute type (train.precision)"] = str(self.dtype)
         facts["the kind of device (cluster.device)"] = self.device.type
         facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
-        facts["the digest of the model's weights"] = files.digest()
+        facts["the digest of the training windows"] = self._inputs["data.train"]
+        facts["the digest of the model's weights"] = self._inputs["weights"]
         agree(self.communicator, facts)
 
     def _say_what_was_decided(self) -> None:
@@ -274,7 +281,7 @@ class Trainer:
             "step": self.steps_done,
             "perplexity": perplexity,
             "config": self.config.model_dump(mode="json"),
-            "prepared": preparation_key(self.config),
+            "inputs": self._inputs,
             "boolean": self.boolean.shared_state(),
             "engine": self.engine.shared_state(),
         }

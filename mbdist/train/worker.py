@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mbdist.checkpoint import Checkpoint
+from mbdist.checkpoint import Checkpoint, check_inputs
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.errors import Interrupted
 from mbdist.train.environment import all_cores, set_up_worker
 from mbdist.train.metrics import MetricsWriter
-from mbdist.train.prepare import prepare, wait_until_prepared
+from mbdist.train.prepare import preparation_key, prepare, wait_until_prepared
 from mbdist.train.run_folder import go_on_from, starting_checkpoint
 from mbdist.train.stop_signals import StopRequest, stop_file
 from mbdist.train.trackers import check_installed, open_trackers
@@ -31,6 +31,11 @@ def run_worker(config: RunConfig) -> None:
             stopping.pass_on()
             raise Interrupted(0)
 
+    communicator.activity.enter("opening the checkpoint")
+    found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
+    saved = Checkpoint(found, communicator.rank, communicator.world_size) if found is not None else None
+    if saved is not None:  # before another model is converted in the place of the one that it needs
+        check_inputs(saved.folder, saved.state, {"model": preparation_key(config)})
     communicator.activity.enter("preparing")
     if communicator.rank == 0:
         check_installed(config)
@@ -38,8 +43,6 @@ def run_worker(config: RunConfig) -> None:
             prepare(config, metrics, between=stop_if_told)
     else:
         wait_until_prepared(config, between=stop_if_told)
-    found = communicator.all_gather_objects(starting_checkpoint(config), "agreement")[0]  # as rank 0 sees the folder
-    saved = Checkpoint(found, communicator.rank, communicator.world_size) if found is not None else None
     trainer = Trainer(config, device, communicator, metrics, saved=saved, stopping=stopping)
     if communicator.rank == 0:
         go_on_from(config, found)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pydoc_data.topics
 import shutil
 import signal
 import subprocess
@@ -161,25 +162,72 @@ def test_a_run_starts_from_the_checkpoint_that_is_named(tmp_path, llama_folder, 
     assert "nowhere/step_3: there is no such folder" in finish(settings, tmp_path, expect=2)
 
 
-@pytest.mark.slow
-def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path, llama_folder):
-    model = shutil.copytree(llama_folder, tmp_path / "llama")
-    settings = settings_of(tmp_path / "run", model, keep_last=3)
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*")) if path.is_file()}
+
+
+def with_another_bit(file, place=-1):
+    """What it held, before a bit of one byte became another."""
+    content = bytearray(before := file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    return before
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory, llama_folder):
+    """(settings, checkpoint) of a run that was killed after its first. Its model and its text are its own."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    model = shutil.copytree(llama_folder, folder / "llama")
+    (folder / "text.txt").write_text("\n".join(list(pydoc_data.topics.topics.values())[:40]))
+    settings = settings_of(folder / "run", model, keep_last=3)
+    settings["data"]["train"] = {"type": "text", "paths": [str(folder / "text.txt")]}
     killed(settings)
-    (folder,) = (tmp_path / "run/checkpoints").glob("step_?")
-    other = finish({**settings, "seed": 5}, tmp_path, expect=2)
-    assert "seed: 0 -> 5" in other and "Traceback" not in other
-    kept = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    assert "are not those that" in finish(settings, tmp_path, expect=2)
-    (model / "model.safetensors").write_bytes(kept)
-    (tmp_path / "run/checkpoints/step_99").mkdir()  # without its marker: was not written to the end
+    return settings, folder / "run/checkpoints/step_3"
+
+
+@pytest.mark.slow
+def test_a_setting_that_may_not_change_is_refused_before_anything_is_written(tmp_path, unfinished):
+    settings, _ = unfinished
+    run_dir = Path(settings["run_dir"])
+    before = content_of(run_dir), content_of(run_dir / "converted")
+    for changes, named in (
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"convert": settings["convert"] | {"planes": 3}}, "convert.planes: 2 -> 3"),
+    ):
+        output = finish(settings | changes, tmp_path, expect=2)
+        assert named in output and "Traceback" not in output
+        assert (content_of(run_dir), content_of(run_dir / "converted")) == before
+
+
+@pytest.mark.slow
+def test_what_a_run_reads_must_be_what_it_was(tmp_path, unfinished):
+    settings, _ = unfinished
+    run_dir = Path(settings["run_dir"])
+    before = content_of(run_dir / "converted")
+    changed = {
+        run_dir.parent / "llama/model.safetensors": "the files of the model (model.path) are not those",
+        run_dir.parent / "text.txt": "the training text (data.train) is another",
+        max((run_dir / "converted").glob("*.safetensors")): "training started from other weights",
+    }
+    for file, message in changed.items():
+        kept = with_another_bit(file, 0 if file.suffix == ".txt" else -1)  # the end of the text is held out
+        assert message in finish(settings, tmp_path, expect=2)
+        file.write_bytes(kept)
+        assert content_of(run_dir / "converted") == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_whole_is_refused_and_a_whole_one_goes_on(tmp_path, unfinished):
+    settings, folder = unfinished
+    (cut := folder.with_name("step_99")).mkdir()  # without its marker: was not written to the end
+    named = settings | {"checkpoint": settings["checkpoint"] | {"resume": str(cut)}}
+    assert f"{cut} is no complete checkpoint" in finish(named, tmp_path, expect=2)
     shard = folder / "shard_0.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    whole = with_another_bit(shard)
     assert "its content is not what was written" in finish(settings, tmp_path, expect=2)
     shard.write_bytes(whole[:-100])
-    assert "bytes were written" in (cut := finish(settings, tmp_path, expect=2)) or " were written" in cut
+    assert f"{len(whole)} were written" in finish(settings, tmp_path, expect=2)
     shard.write_bytes(whole)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 0}))
