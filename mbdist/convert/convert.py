@@ -32,11 +32,11 @@ from mbdist.convert.shards import Shard, check_disk, cut_into_shards
 from mbdist.data.calibration import BATCH_TOKENS
 from mbdist.errors import UserError
 from mbdist.free_memory import give_back
-from mbdist.model.float_weights import FloatWeights, safetensors_of
+from mbdist.model.float_weights import FloatWeights
 from mbdist.model.hashing import fingerprint_files, hash_tensors
 from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.model.loading import empty_model, load_model, resolve_path
+from mbdist.model.loading import empty_model, load_model, resolve_path, safetensors_of
 from mbdist.model.quantizer import MultiBooleanConfig
 from mbdist.model.saving import replaced_folder
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
@@ -112,7 +112,7 @@ class Conversion:
 
     @property
     def loads_whole(self) -> bool:
-        """Whether the model is in a format (GGUF, pickle) that has to be read whole, once, into memory."""
+        """Whether the model is in a format (GGUF) that has to be read whole, once, into memory."""
         return self._weights is None
 
     def run(

@@ -12,8 +12,7 @@ from torch import nn
 
 from mbdist.config.schema import ModelConfig
 from mbdist.errors import UserError
-from mbdist.model.float_weights import safetensors_of
-from mbdist.model.loading import clear_errors
+from mbdist.model.loading import clear_errors, safetensors_of
 from mbdist.model.tensor_files import StoredTensor, stored_tensors
 
 _CHUNK_BYTES = 16 << 20  # on their way from a file into a tensor

@@ -41,7 +41,7 @@ _FORMAT = 1
 _PART_BYTES = 64 << 20
 _FEWEST_PARTS = 64  # of a small cache too: what workers share out
 _OPEN_PARTS = 128
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+_WEIGHT_FILES = ("*.safetensors", "*.gguf", "config.json")
 
 _DATA = "the training windows (data.train, data.window, data.eval, the tokenizer)"
 _TEACHER = "the teacher (loss.teacher_model, or model)"
