@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,15 +116,7 @@ class Trainer:
             self.readout.probe(self.engine.forward, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.stopping = stopping
         self.first_step = self.steps_done = self._saved_step = 0
-        attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "agreement")[0]
-        self.writer = CheckpointWriter(
-            checkpoint_folder(config),
-            config.checkpoint,
-            communicator.rank,
-            communicator.world_size,
-            attempt,
-            metrics.write,
-        )
+        self.writer = CheckpointWriter(checkpoint_folder(config), config.checkpoint, communicator, metrics.write)
         self._say_what_was_decided()
         if saved is not None:
             self.boolean.load_state(saved.state["boolean"], saved)
@@ -252,6 +243,8 @@ class Trainer:
                 perplexity = self.evaluate("in training")
                 if self.config.checkpoint.keep_best:
                     self.checkpoint(perplexity)
+        if self.config.checkpoint.every_steps or self.config.checkpoint.every_minutes:
+            self.checkpoint()  # what comes after may fail, of a full disk say
         self.communicator.activity.enter("writing a checkpoint")
         self.writer.wait()
 

@@ -6,6 +6,7 @@ import pydoc_data.topics
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import models
@@ -13,9 +14,11 @@ import processes
 import pytest
 import torch
 import yaml
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 
-from mbdist.checkpoint import CheckpointWriter, complete_checkpoints
+from mbdist.checkpoint import CheckpointWriter, Piece, complete_checkpoints
+from mbdist.comm.communicator import Communicator
 from mbdist.config.checkpoint import CheckpointConfig
 from mbdist.train.metrics import read_metrics
 from mbdist.train.status import describe_run
@@ -286,6 +289,45 @@ def test_a_full_disk_leaves_the_run_and_the_checkpoint_before_it(tmp_path, llama
     check_same(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
+def save_twice(folder, room_bytes):
+    """What rank 0 reports of two checkpoints of 2 x 64 KiB, the first of them on a disk that fills up meanwhile."""
+    communicator, reported = Communicator(timeout_s=4), []
+    writer = CheckpointWriter(folder, CheckpointConfig(), communicator, lambda event, **_: reported.append(event))
+    pieces = [Piece("x", communicator.rank << 14, torch.zeros(1 << 14))]
+    write = writer._write
+
+    def after_the_disk_filled(*work):
+        if communicator.rank == 0:
+            (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - room_bytes))
+        (folder / f"ready_{communicator.rank}").touch()
+        while len(list(folder.glob("ready_*"))) < 2:
+            time.sleep(0.01)
+        write(*work)
+
+    writer._write = after_the_disk_filled
+    writer.save(1, pieces, {"step": 1})
+    writer.wait()
+    communicator.all_gather_objects(None, "checkpoint")
+    (folder / "ballast").unlink(missing_ok=True)
+    writer._write = write
+    writer.save(2, pieces, {"step": 2})
+    writer.wait()
+    communicator.all_gather_objects(None, "checkpoint")
+    return reported, sorted(path.name for path in folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("room_kb", [0, 40, 100])  # for no note, for a note and no shard, for one shard of the two
+def test_a_disk_that_fills_up_while_two_workers_write_costs_one_checkpoint(tmp_path, room_kb):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        found, _ = run_on_ranks(2, tmp_path, save_twice, tmp_path, room_kb << 10)
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert found == (["checkpoint_failed", "checkpoint"], ["step_2"])
+
+
 def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_folder):
     (tmp_path / "theirs").mkdir(mode=0o555)
     path = tmp_path / "run.yaml"
@@ -301,7 +343,9 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_fol
 
 
 def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
-    writer = CheckpointWriter(tmp_path, CheckpointConfig(keep_last=1, keep_best=2), 0, 1, "a", lambda *_, **__: None)
+    writer = CheckpointWriter(
+        tmp_path, CheckpointConfig(keep_last=1, keep_best=2), Communicator(), lambda *_, **__: None
+    )
     for step, perplexity in enumerate([9.0, 5.0, None, 4.0, 7.0, 8.0, None], start=1):
         writer.save(step, [], {"step": step, "perplexity": perplexity})
         writer.wait()
@@ -320,4 +364,8 @@ def test_a_run_keeps_the_checkpoints_that_evaluated_best(tmp_path, llama_folder)
     }
     best = min(measured, key=measured.__getitem__)
     kept = {path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")}
-    assert list(measured) == [2, 4, 6] and kept == {f"step_{best}", "step_6"}
+    assert list(measured) == [2, 4, 6] and kept == {f"step_{best}", f"step_{STEPS}"}
+    before = outcome(tmp_path / "run")
+    processes.train(settings)  # as if what follows the last step had failed
+    assert resumed(settings) == [STEPS]
+    check_same(outcome(tmp_path / "run"), before)
