@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from mbdist.checkpoint import (
     changed_settings,
@@ -17,10 +16,12 @@ from mbdist.checkpoint import (
 )
 from mbdist.config import RunConfig, write_config
 from mbdist.errors import Interrupted, UserError
+from mbdist.file_lock import take_lock
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.stop_signals import stop_file
 
-_locks: dict[Path, int] = {}  # held until this process ends, however it ends
+LOCK = ".lock"
+_locks: dict[Path, TextIO] = {}  # held until this process ends, however it ends
 
 
 def open_run_folder(config: RunConfig) -> RunConfig:
@@ -99,21 +100,6 @@ def note_end(config: RunConfig, error: Exception) -> None:
         metrics.write("failed", error=str(error))
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a run is going on in the folder, as far as this machine can see."""
-    try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
 def _choose_start(config: RunConfig) -> Path | None:
     """The checkpoint that the run is to start from; None where it starts anew. Nothing is written."""
     folder, start_file = checkpoint_folder(config), _start_file(config)
@@ -154,10 +140,7 @@ def _lock(folder: Path) -> None:
     """Raises UserError while another process has the folder."""
     if folder in _locks:
         return
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another run is going on in run_dir {folder}: give this one a folder of its own") from None
-    _locks[folder] = handle
+    lock = take_lock(folder / LOCK)
+    if lock is None:
+        raise UserError(f"another run is going on in run_dir {folder}: give this one a folder of its own")
+    _locks[folder] = lock

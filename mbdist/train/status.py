@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mbdist.checkpoint import complete_checkpoints
 from mbdist.errors import UserError
+from mbdist.file_lock import is_locked
 from mbdist.train.metrics import read_metrics
-from mbdist.train.run_folder import is_locked
+from mbdist.train.run_folder import LOCK
 
 
 def describe_run(folder: Path) -> str:
@@ -56,7 +57,7 @@ def _state(folder: Path, latest: dict) -> str:
         return "failed"
     if latest["event"] == "stopped":
         return f"stopped after step {latest['step']}; the same command goes on from there"
-    if is_locked(folder):
+    if is_locked(folder / LOCK):
         return f"running ({latest['event']}, {_ago(latest['time'])})"
     return f"not running here; its last sign of life was {_ago(latest['time'])} ({latest['event']})"
 
