@@ -92,12 +92,20 @@ def _stop(config: RunConfig) -> None:
     threading.Thread(target=_leave_if_nobody_works, args=(config,), daemon=True).start()
 
 
-def _leave_if_nobody_works(config: RunConfig) -> None:
+def _has_workers() -> bool:
+    """Whether this run has a place on the cluster; others may have one beside it. A group's id ends with its job's."""
+    import ray
     from ray.util import placement_group_table
 
+    own = ray.get_runtime_context().get_job_id()
+    groups = placement_group_table().values()
+    return any(group["state"] == "CREATED" and group["placement_group_id"].endswith(own) for group in groups)
+
+
+def _leave_if_nobody_works(config: RunConfig) -> None:
     idle_since = time.monotonic()
     while time.monotonic() < idle_since + _NOBODY_TIMEOUT_S:
-        if any(group["state"] == "CREATED" for group in placement_group_table().values()):
+        if _has_workers():
             idle_since = time.monotonic()
         time.sleep(1)
     saved = latest_checkpoint(Path(config.run_dir) / "checkpoints")
