@@ -131,7 +131,7 @@ def join(ranks, timeout=300):
     assert not failed, failed[0].communicate()
 
 
-def train_rank(settings):
+def train_rank(settings, a_node_is_leaving=None):
     from mbdist.config import parse_config
     from mbdist.train.ending import end_process
     from mbdist.train.environment import leave_group
@@ -139,6 +139,6 @@ def train_rank(settings):
     from mbdist.train.worker import run_worker
 
     config = parse_config(settings)
-    run_worker(open_run_folder(config) if os.environ["RANK"] == "0" else config)
+    run_worker(open_run_folder(config) if os.environ["RANK"] == "0" else config, a_node_is_leaving)
     leave_group()
     end_process()

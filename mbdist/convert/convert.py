@@ -6,7 +6,7 @@ the same bits as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -78,9 +78,11 @@ class Conversion:
         spread: Spread = in_turn,  # of the matrices of a block, and of their rows, over processes
         optimizer: OptimizerOfBits = BooleanOptimizer,  # of a reconstruction
         replace: bool = False,  # an earlier output, and what an unfinished one of other settings left
+        between: Callable[[], None] = lambda: None,  # called before every pass of a calibration batch; may raise
     ):
         self.source, self.output, self.config = source, output, config
         self.dtype, self.spread, self.optimizer, self.replace = dtype, spread, optimizer, replace
+        self.between = between
         if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
         self.model = empty_model(source)
@@ -128,7 +130,8 @@ class Conversion:
                 self._weights = _rewritten(self.source, folder.scratch / "float")
             moments: dict[str, LayerMoments] = {}
             if self.config.needs_calibration and left:
-                blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, Aside(folder.scratch), self._hold)
+                aside = Aside(folder.scratch)
+                blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, aside, self._hold, self.between)
                 moments = squared_moments(blocks, _SQUARED_BATCHES)
             planes = folder.remembered("planes", partial(self._choose_planes, moments))
             if self.config.init != "calibrated":

@@ -31,6 +31,7 @@ from mbdist.optim.parameter_groups import mean_magnitudes
 from mbdist.plan import MemoryPlan, plan_memory, planned_model
 from mbdist.train.environment import compute_dtype, node_size
 from mbdist.train.evaluate import evaluate
+from mbdist.train.leaving_nodes import LeavingNodes
 from mbdist.train.loss import LossTerms, hidden_loss, token_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.peak_memory import PeakMemory
@@ -57,6 +58,7 @@ class Trainer:
         optimizer: OptimizerOfBits = BooleanOptimizer,
         saved: Checkpoint | None = None,  # to go on from
         stopping: StopRequest | None = None,  # None: nobody will ask
+        leaving: LeavingNodes | None = None,
     ):
         self.peak_memory = PeakMemory(device)
         self.config = config
@@ -97,9 +99,11 @@ class Trainer:
         place(student, weights, config, device, communicator)
         if config.train.activation_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
+        communicator.activity.enter("loading the teacher")
         self.teacher = load_teacher(
             config, device, self.dtype, self.corpus.train, student.config.get_text_config().vocab_size
         )
+        communicator.activity.enter("setting up the optimizers")
         self.readout = Readout(student)
         self.boolean = optimizer(
             dict(boolean_layers(student)),
@@ -115,6 +119,7 @@ class Trainer:
         with self._autocast():
             self.readout.probe(self.engine.forward, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.stopping = stopping
+        self.leaving = leaving or LeavingNodes(None)
         self.first_step = self.steps_done = self._saved_step = 0
         self.writer = CheckpointWriter(checkpoint_folder(config), config.checkpoint, communicator, metrics.write)
         self._say_what_was_decided()
@@ -207,8 +212,7 @@ class Trainer:
 
     def _between_batches(self) -> None:
         self.communicator.activity.enter("evaluating")
-        stop, _ = self._agreed(False)
-        if stop:
+        if self._agreed()[0]:
             self._stop()
 
     # Training.
@@ -219,10 +223,10 @@ class Trainer:
         skipped = 0
         for step in range(self.first_step, self.config.train.steps):
             started = time.perf_counter()
-            stop, save = self._agreed(self.communicator.rank == 0 and self.writer.is_due(step))
+            stop, save, ask = self._agreed(self.writer.is_due(step), step > self.first_step and self.leaving.due)
             if stop:
                 self._stop()
-            if save and step > self.first_step:
+            if (ask and self.leaving.asked()) or (save and step > self.first_step):
                 self.checkpoint()
             report, losses = self.step(step)
             self.steps_done = step + 1
@@ -248,12 +252,12 @@ class Trainer:
         self.communicator.activity.enter("writing a checkpoint")
         self.writer.wait()
 
-    def _agreed(self, save: bool) -> tuple[bool, bool]:
-        """(whether a worker was told to stop, whether one wants to save): what all of them do now."""
-        told = self.stopping is not None and self.stopping.seen
-        wishes = torch.tensor([told, save], dtype=torch.int32, device=self.device)
-        stop, save = self.communicator.all_reduce_sum(wishes, "statistics").tolist()
-        return bool(stop), bool(save)
+    def _agreed(self, save: bool = False, ask: bool = False) -> tuple[bool, bool, bool]:
+        """What all workers do now: (stop, as one was told to; save, and ask for nodes that leave, as rank 0 wants)."""
+        told, first = self.stopping is not None and self.stopping.seen, self.communicator.rank == 0
+        wishes = torch.tensor([told, first and save, first and ask], dtype=torch.int32, device=self.device)
+        stop, save, ask = map(bool, self.communicator.all_reduce_sum(wishes, "statistics").tolist())
+        return stop, save, ask
 
     def _stop(self) -> NoReturn:
         """Save what was not saved, and end the run here."""
@@ -424,6 +428,7 @@ class Trainer:
 
         def hashed() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in state:
+                self.communicator.activity.enter(f"saving {name}")
                 if ".plane_" in name:
                     planes.add(name, tensor)
                 yield name, tensor

@@ -352,6 +352,33 @@ def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_2", "step_4", "step_7"]
 
 
+def told_that_a_node_leaves():
+    return True
+
+
+@pytest.mark.slow
+def test_a_run_saves_once_where_a_node_is_about_to_leave(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder, workers=2, every_steps=None)
+    processes.join(processes.start(processes.train_rank, settings, told_that_a_node_leaves))
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [record["step"] for record in records if record["event"] == "checkpoint"] == [1, STEPS]
+
+
+def hanging_before_it_prepares(settings):
+    from mbdist.train import worker
+
+    worker.prepare = lambda *_, **__: time.sleep(600)
+    processes.train_rank(settings)
+
+
+def test_a_worker_that_hangs_while_it_prepares_says_so_and_ends(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder)
+    settings["train"]["hang_timeout_s"] = 4
+    (rank,) = processes.start(hanging_before_it_prepares, settings)
+    done = rank.wait(100)
+    assert done.returncode == 1 and "s in preparing (train.hang_timeout_s = 4)" in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 def test_a_run_keeps_the_checkpoints_that_evaluated_best(tmp_path, llama_folder):
     settings = settings_of(tmp_path / "run", llama_folder, every_steps=2, keep_last=1, keep_best=1)
