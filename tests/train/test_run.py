@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import math
 import signal
@@ -15,6 +16,7 @@ import processes
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mbdist.cli.main import app
@@ -23,6 +25,7 @@ from mbdist.errors import UserError
 from mbdist.train.metrics import MetricsWriter, read_metrics
 from mbdist.train.run_folder import open_run_folder
 from mbdist.train.status import describe_run
+from mbdist.train.watch import RunWatcher
 from mbdist_kernels import unpack_signs
 
 
@@ -205,6 +208,19 @@ def test_storage_without_locks_is_used_with_a_warning(tmp_path, llama_folder, mo
     assert f"nobody is kept out of {tmp_path}/run, whose storage has no locks" in caplog.text
     MetricsWriter(tmp_path / "run/metrics.jsonl").write("tokenizing")
     assert "not running here" in describe_run(tmp_path / "run")
+
+
+def test_a_watcher_and_the_status_tell_what_went_on(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    with RunWatcher(tmp_path / "metrics.jsonl", console):
+        metrics.write("resumed", step=3, folder="step_3", changed={"cluster.workers": "2 -> 3"})
+        metrics.write("workers_lost", workers=[1], error="worker 1 was lost: its node died")
+        metrics.write("converted_layer", name="up_proj", done=5, layers=14)
+    shown = console.file.getvalue()
+    assert "  with cluster.workers: 2 -> 3\n" in shown and "WARNING: worker 1 was lost: its node died\n" in shown
+    status = describe_run(tmp_path)
+    assert "converting: 5 of 14 layers" in status and "worker 1 was lost: its node died" in status
 
 
 def test_the_command_line_app_has_every_verb():
