@@ -266,7 +266,7 @@ def test_a_run_stops_inside_conversion_and_evaluation_too(tmp_path, llama_folder
     output = finish(settings, tmp_path)
     assert "resumed after step 1" in output and "perplexity, finetuned" in output
     shown = describe_run(tmp_path / "run")
-    assert "finished, after" in shown and "step 2/2: loss" in shown and "checkpoint: step_1" in shown
+    assert "finished, after" in shown and "step 2/2: loss" in shown and "checkpoint: step_2" in shown
     assert list((tmp_path / "run/tensorboard").glob("events.*"))
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 
