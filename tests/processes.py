@@ -102,16 +102,25 @@ def free_port():
 def start_training(settings):
     """What ``mbdist train`` does on every rank under torchrun, without its end: the model is not loaded again in one
     more process."""
+    return start(train_rank, settings)
+
+
+def start(main, settings, *arguments):
+    """``main(settings, *arguments)`` on every rank, as torchrun starts them."""
     workers = settings["cluster"]["workers"]
     group = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers)}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     places = [os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(workers)]
-    return [Forked(_train, settings, environment=place) for place in places]
+    return [Forked(main, settings, *arguments, environment=place) for place in places]
 
 
-def train(settings, timeout=300):
+def train(settings):
+    join(start_training(settings))
+
+
+def join(ranks, timeout=300):
     """Until all ranks are done; where one fails, the others are killed, as torchrun does."""
-    ranks, deadline = start_training(settings), time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         assert time.monotonic() < deadline, "the ranks did not end"
         time.sleep(0.01)
@@ -122,7 +131,7 @@ def train(settings, timeout=300):
     assert not failed, failed[0].communicate()
 
 
-def _train(settings):
+def train_rank(settings, a_node_is_leaving=None):
     from mbdist.config import parse_config
     from mbdist.train.ending import end_process
     from mbdist.train.environment import leave_group
@@ -130,6 +139,6 @@ def _train(settings):
     from mbdist.train.worker import run_worker
 
     config = parse_config(settings)
-    run_worker(open_run_folder(config) if os.environ["RANK"] == "0" else config)
+    run_worker(open_run_folder(config) if os.environ["RANK"] == "0" else config, a_node_is_leaving)
     leave_group()
     end_process()

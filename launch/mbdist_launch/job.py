@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbdist.config import RunConfig, write_config
-from mbdist.errors import UserError
+from mbdist.errors import RunError, UserError
 
 _ENTRYPOINT = "python -m mbdist.cli.main launch cluster run.yaml"
 _NOT_SHIPPED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info", ".*_cache")
 _STOP_S = 600  # between being told to stop and being killed: a checkpoint may be large
 _POLL_S = 1.0
+_SILENCE_S = 300  # of the job server, after which nobody waits for it
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,37 @@ class JobServer:
             )
 
     def follow(self, job_id: str) -> int:
-        """Print the job's log until it ends; its exit code."""
+        """Print the job's log until it ends; its exit code. A connection that is lost is made again.
+
+        Raises RunError where the job server stays away.
+        """
+        from aiohttp import ClientError
+
+        printed = 0  # characters: every connection tells the log from its begin
+        silent_since = None
 
         async def stream() -> None:
+            nonlocal printed
+            reached = 0
             async for lines in self._client.tail_job_logs(job_id):
-                print(lines, end="", flush=True)
+                print(lines[max(0, printed - reached) :], end="", flush=True)
+                reached += len(lines)
+                printed = max(printed, reached)
 
-        asyncio.run(stream())
-        while not self._client.get_job_status(job_id).is_terminal():
+        while True:
+            try:
+                ended = self._client.get_job_status(job_id).is_terminal()  # if so, what is told now is all of the log
+                silent_since = None
+                asyncio.run(stream())
+                if ended:
+                    break
+            except (ClientError, OSError, RuntimeError) as error:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() > silent_since + _SILENCE_S:
+                    raise RunError(
+                        f"the job server does not answer any more: {error}. The job {job_id} may go on: see mbdist job "
+                        "status"
+                    ) from error
             time.sleep(_POLL_S)
         found = self._client.get_job_info(job_id)
         if found.driver_exit_code is not None:

@@ -92,12 +92,20 @@ def _stop(config: RunConfig) -> None:
     threading.Thread(target=_leave_if_nobody_works, args=(config,), daemon=True).start()
 
 
-def _leave_if_nobody_works(config: RunConfig) -> None:
+def _has_workers() -> bool:
+    """Whether this run has a place on the cluster; others may have one beside it. A group's id ends with its job's."""
+    import ray
     from ray.util import placement_group_table
 
+    own = ray.get_runtime_context().get_job_id()
+    groups = placement_group_table().values()
+    return any(group["state"] == "CREATED" and group["placement_group_id"].endswith(own) for group in groups)
+
+
+def _leave_if_nobody_works(config: RunConfig) -> None:
     idle_since = time.monotonic()
     while time.monotonic() < idle_since + _NOBODY_TIMEOUT_S:
-        if any(group["state"] == "CREATED" for group in placement_group_table().values()):
+        if _has_workers():
             idle_since = time.monotonic()
         time.sleep(1)
     saved = latest_checkpoint(Path(config.run_dir) / "checkpoints")
@@ -125,6 +133,8 @@ def _trainer(config: RunConfig, place: dict, use_gpu: bool):
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from mbdist_launch.lost_workers import LostWorkers
+
     sizes = (config.cluster.fewest_workers, config.cluster.most_workers)
     return TorchTrainer(
         _worker,
@@ -145,6 +155,7 @@ def _trainer(config: RunConfig, place: dict, use_gpu: bool):
             name=f"train-{time.time_ns()}",  # Ray's own notes on an earlier run of this folder are not this run's
             storage_path=str(Path(config.run_dir) / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_restarts),
+            callbacks=[LostWorkers(Path(config.run_dir) / "metrics.jsonl", _ended(config))],
         ),
     )
 
@@ -170,12 +181,19 @@ def _worker(settings: dict) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            run_worker(config)
+            run_worker(config, _a_node_is_leaving)
         except Interrupted as stopped:
             _ended(config).write_text(json.dumps({"step": stopped.step}))
         except UserError as error:
             _ended(config).write_text(json.dumps({"error": str(error)}))
             raise
+
+
+def _a_node_is_leaving() -> bool:
+    """Whether Ray was told that a worker's node is about to go. All workers ask together, and hear the same."""
+    from ray.train import get_preemption_info
+
+    return get_preemption_info() is not None
 
 
 def _ended(config: RunConfig) -> Path:

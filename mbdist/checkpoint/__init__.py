@@ -1,7 +1,7 @@
 """Checkpoints of a run: state in logical coordinates, written in the background, resumed by any number of workers."""
 
-from mbdist.checkpoint.reader import Checkpoint, complete_checkpoints, latest_checkpoint, remove_checkpoint
-from mbdist.checkpoint.resume import check_resumable
+from mbdist.checkpoint.reader import Checkpoint, complete_checkpoints, latest_checkpoint, read_state, remove_checkpoint
+from mbdist.checkpoint.resume import changed_settings, check_inputs
 from mbdist.checkpoint.weights import ResumedWeights
 from mbdist.checkpoint.writer import CheckpointWriter, Piece
 
@@ -10,8 +10,10 @@ __all__ = [
     "CheckpointWriter",
     "Piece",
     "ResumedWeights",
-    "check_resumable",
+    "changed_settings",
+    "check_inputs",
     "complete_checkpoints",
     "latest_checkpoint",
+    "read_state",
     "remove_checkpoint",
 ]

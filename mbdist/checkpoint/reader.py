@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from mbdist.errors import UserError
 from mbdist.model.tensor_files import StoredTensor, stored_tensors
 
-FORMAT = 1
+FORMAT = 2
 STATE, COMPLETE = "state.json", "complete"
 
 
@@ -42,23 +42,36 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def read_state(folder: Path) -> dict:
+    """What the ranks shared. Raises UserError where the checkpoint is not whole or is of another format."""
+    if not (folder / COMPLETE).is_file():
+        raise UserError(f"{folder} is no complete checkpoint: it has no file named {COMPLETE}")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, STATE, error) from error
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is a checkpoint of format {state.get('format')}, and this version of mbdist reads "
+            f"format {FORMAT}: resume with the version that wrote it"
+        )
+    return state
+
+
+def _damaged(folder: Path, file: str, error: Exception) -> UserError:
+    return UserError(
+        f"the checkpoint {folder} is damaged: {file}: {error}. Remove the folder to resume from the one before, or "
+        "set checkpoint.resume to another"
+    )
+
+
 class Checkpoint:
     """An opened checkpoint. Raises UserError where it is not whole, was altered, or is of another format."""
 
     def __init__(self, folder: Path, rank: int = 0, world_size: int = 1):
         """Hashes every ``world_size``-th shard from ``rank`` on, so that all ranks together see all content."""
         self.folder = folder
-        if not (folder / COMPLETE).is_file():
-            raise UserError(f"{folder} is no complete checkpoint: it has no file named {COMPLETE}")
-        try:
-            self.state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._damaged(STATE, error) from error
-        if self.state.get("format") != FORMAT:
-            raise UserError(
-                f"{folder} is a checkpoint of format {self.state.get('format')}, and this version of mbdist reads "
-                f"format {FORMAT}: resume with the version that wrote it"
-            )
+        self.state = read_state(folder)
         self._pieces: dict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)  # name: (first element, where)
         for number, note in enumerate(self.state["shards"]):
             self._open(note, verify=number % world_size == rank)
@@ -72,16 +85,10 @@ class Checkpoint:
                 raise ValueError("its content is not what was written")
             stored = stored_tensors(path)
         except (OSError, ValueError, SafetensorError) as error:
-            raise self._damaged(note["file"], error) from error
+            raise _damaged(self.folder, note["file"], error) from error
         for key, tensor in stored.items():
             name, first = key.rsplit("@", 1)
             self._pieces[name].append((int(first), tensor))
-
-    def _damaged(self, file: str, error: Exception) -> UserError:
-        return UserError(
-            f"the checkpoint {self.folder} is damaged: {file}: {error}. Remove the folder to resume from the one "
-            "before, or set checkpoint.resume to another"
-        )
 
     @property
     def step(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mbdist.checkpoint.reader import Checkpoint
+from pathlib import Path
+
 from mbdist.config.schema import RunConfig
 from mbdist.errors import UserError
 
@@ -17,10 +18,18 @@ _FIXED = {
     "floats": ("also_train",),
 }
 
+_INPUTS = {
+    "model": "the files of the model (model.path) are not those: put them back",
+    "data.train": "the training text (data.train) is another, or is cut into other tokens: put it back",
+    "weights": "training started from other weights: put that run's converted and prepared.json into run_dir (another "
+    "machine, or number of threads, may convert to other bits)",
+}
 
-def check_resumable(checkpoint: Checkpoint, config: RunConfig, prepared: str) -> dict[str, str]:
-    """Settings that the resumed run has changed, {key: "old -> new"}. Raises UserError for one that it may not."""
-    before, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
+
+def changed_settings(folder: Path, state: dict, config: RunConfig) -> dict[str, str]:
+    """Settings that a run changes which goes on from the checkpoint, {key: "old -> new"}. Raises UserError for those
+    that it may not."""
+    before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     changed = {
         key: f"{before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -29,16 +38,21 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, prepared: str) ->
     forbidden = [f"{key}: {change}" for key, change in changed.items() if _is_fixed(key)]
     if forbidden:
         raise UserError(
-            f"the checkpoint {checkpoint.folder} is of a run with other settings:\n  "
+            f"the checkpoint {folder} is of a run with other settings:\n  "
             + "\n  ".join(forbidden)
             + "\nSet them back, or start anew: another run_dir, or checkpoint.resume=none (removes the checkpoints)"
         )
-    if checkpoint.state["prepared"] != prepared:
-        raise UserError(
-            f"the files of the model {config.model.path} are not those that {checkpoint.folder} was made with: put "
-            "them back, or start anew with checkpoint.resume=none"
-        )
     return changed
+
+
+def check_inputs(folder: Path, state: dict, digests: dict[str, str]) -> None:
+    """Raises UserError where what the run reads has another digest than when the checkpoint was made."""
+    for name, digest in digests.items():
+        if state["inputs"][name] != digest:
+            raise UserError(
+                f"the checkpoint {folder} was made with something else: {_INPUTS[name]}. Or start anew: another "
+                "run_dir, or checkpoint.resume=none (removes the checkpoints)"
+            )
 
 
 def _is_fixed(key: str) -> bool:

@@ -5,19 +5,21 @@
     checkpoints/step_40/complete              the last thing that is written
 
 A tensor is stored under its logical name with its unsharded coordinates, cut into ranges wherever its owners' parts
-end, so that any number of ranks can read it. Every rank snapshots its pieces, and a thread writes them into
-``step_40.tmp-<attempt>``; the thread of rank 0 sees by files when all shards are there, and renames the folder. No
-collective runs beside training, and nobody reads a folder without ``complete``.
+end, so that any number of ranks can read it. Rank 0 looks whether there is room and makes ``step_40.tmp-<attempt>``.
+Every rank snapshots its pieces, and a thread writes them into that; the thread of rank 0 sees by files when all shards
+are there, and renames the folder. No collective runs beside training, and nobody reads a folder without ``complete``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +28,10 @@ import torch
 from safetensors.torch import save_file
 
 from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of, remove_checkpoint
+from mbdist.comm.communicator import Communicator
 from mbdist.config.checkpoint import CheckpointConfig
 
 _PARTIAL = ".tmp-"
-_SHARDS_TIMEOUT_S = 600
 _POLL_S = 0.05
 
 
@@ -48,50 +50,41 @@ class CheckpointWriter:
         self,
         folder: Path,
         config: CheckpointConfig,
-        rank: int,
-        world_size: int,
-        attempt: str,  # the same on all ranks, another one after every restart
+        communicator: Communicator,
         report: Callable[..., None],  # takes an event and its values, as ``MetricsWriter.write`` does
     ):
         self.folder = folder
         self.config = config
-        self.rank = rank
-        self.world_size = world_size
-        self._attempt = attempt
+        self.communicator = communicator
+        # What a rank still writes that was thought lost must not get among the shards of the next attempt.
+        self._attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "checkpoint")[0]
         self._report = report
         self._thread: threading.Thread | None = None
         self._last_s = time.monotonic()
-        self._last_bytes = 0  # of one rank
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"step_*{_PARTIAL}*"):  # by an attempt that was killed
-                if not left.name.endswith(attempt):  # another rank may be ahead
-                    shutil.rmtree(left, ignore_errors=True)
 
     def is_due(self, step: int) -> bool:
         """Whether to save after so many steps, as rank 0 sees it: it tells the others."""
         by_steps = self.config.every_steps is not None and step > 0 and step % self.config.every_steps == 0
         waited_s = time.monotonic() - self._last_s
         by_time = self.config.every_minutes is not None and waited_s >= 60 * self.config.every_minutes
-        if not (by_steps or by_time):
-            return False
-        free, wanted = shutil.disk_usage(self.folder).free, self._last_bytes * self.world_size
-        if free < wanted:
-            self._last_s = time.monotonic()
-            self._failed(step, f"{free / 1e9:.2f} GB are free in {self.folder}, about {wanted / 1e9:.2f} GB are needed")
-            return False
-        return True
+        return by_steps or by_time
 
     def save(self, step: int, pieces: list[Piece], state: dict) -> None:
-        """Write the state after ``step`` steps: snapshot now, files later. ``state``: JSON, the same on all ranks."""
+        """Write the state after ``step`` steps, where there is room for it: snapshot now, files later. All ranks call
+        it together. ``state``: JSON, the same on all of them."""
         started = time.monotonic()
         self.wait()
-        tensors = {f"{name}@{first}": _snapshot(values) for name, first, values in pieces}
+        final = self.folder / f"step_{step}"
+        partial = final.with_name(f"{final.name}{_PARTIAL}{self._attempt}")
+        of_ranks = self.communicator.all_gather_objects(sum(piece.values.nbytes for piece in pieces), "checkpoint")
+        begun = self.communicator.rank > 0 or self._begin(step, partial, sum(of_ranks))
+        if self.communicator.all_gather_objects(begun, "checkpoint")[0]:
+            tensors = {f"{name}@{first}": _snapshot(values) for name, first, values in pieces}
+            blocked_s = time.monotonic() - started
+            work = (step, partial, final, tensors, state, blocked_s)
+            self._thread = threading.Thread(target=self._write, args=work, daemon=False)
+            self._thread.start()
         self._last_s = time.monotonic()
-        self._last_bytes = sum(values.nbytes for values in tensors.values())
-        blocked_s = time.monotonic() - started
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, state, blocked_s), daemon=False)
-        self._thread.start()
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -102,37 +95,53 @@ class CheckpointWriter:
     def _failed(self, step: int, why: str) -> None:
         self._report("checkpoint_failed", step=step, why=f"{why}; the run goes on, the checkpoint before it stays")
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict, blocked_s: float) -> None:
-        _give_way()
-        started = time.monotonic()
-        final = self.folder / f"step_{step}"
-        partial = final.with_name(f"{final.name}{_PARTIAL}{self._attempt}")
+    def _begin(self, step: int, partial: Path, num_bytes: int) -> bool:
+        """Make the folder, if there is room. No rank writes at this moment: what is half written will stay so."""
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            shard = partial / f"shard_{self.rank}.safetensors"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"step_*{_PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < num_bytes:
+                raise OSError(f"{free / 1e9:.2f} GB are free, about {num_bytes / 1e9:.2f} GB are needed")
+            partial.mkdir()
+        except OSError as error:
+            self._failed(step, f"no room in {self.folder}: {error}")
+            return False
+        return True
+
+    def _write(
+        self, step: int, partial: Path, final: Path, tensors: dict[str, torch.Tensor], state: dict, blocked_s: float
+    ) -> None:
+        _give_way()
+        started, rank = time.monotonic(), self.communicator.rank
+        try:
+            shard = partial / f"shard_{rank}.safetensors"
             save_file(tensors, shard)
             _fsync(shard)
             note = {"file": shard.name, "bytes": shard.stat().st_size, "sha256": digest_of(shard)}
-            _write_json(partial / f"shard_{self.rank}.json", note)
-            if self.rank == 0:
+            _write_json(partial / f"shard_{rank}.json", note)
+            if rank == 0:
                 self._publish(partial, final, state)
                 seconds = {"seconds": round(time.monotonic() - started, 3), "blocked_s": round(blocked_s, 3)}
                 self._report("checkpoint", step=step, folder=str(final), **seconds)
         except Exception as error:  # a full disk above all, in a class of safetensors' own: the run must go on
-            if self.rank == 0:
+            if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 self._failed(step, f"cannot write {final}: {error}")
-            else:
-                print(f"cannot write shard {self.rank} of {final}: {error}", file=sys.stderr, flush=True)
-                (partial / f"shard_{self.rank}.safetensors").unlink(missing_ok=True)  # makes room for the next line
-                _write_json(partial / f"shard_{self.rank}.json", {"error": f"worker {self.rank}: {error}"})
+                return
+            print(f"cannot write shard {rank} of {final}: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # rank 0 gives up later then, or has already
+                (partial / f"shard_{rank}.safetensors").unlink(missing_ok=True)  # makes room for the next line
+                _write_json(partial / f"shard_{rank}.json", {"error": f"worker {rank}: {error}"})
 
     def _publish(self, partial: Path, final: Path, state: dict) -> None:
-        notes = [partial / f"shard_{rank}.json" for rank in range(self.world_size)]
-        deadline = time.monotonic() + _SHARDS_TIMEOUT_S
+        notes = [partial / f"shard_{rank}.json" for rank in range(self.communicator.world_size)]
+        patience_s = self.communicator.timeout_s / 2  # the next save waits for this one, and others for rank 0 in it
+        deadline = time.monotonic() + patience_s
         while not all(note.exists() for note in notes):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not all workers wrote their shards in {_SHARDS_TIMEOUT_S} s")
+                raise TimeoutError(f"not all workers wrote their shards in {patience_s:g} s")
             time.sleep(_POLL_S)
         shards = [json.loads(note.read_text()) for note in notes]
         if errors := [shard["error"] for shard in shards if "error" in shard]:

@@ -69,12 +69,14 @@ class ModelBlocks:
         dtype: torch.dtype,  # of the passes through the model
         aside: Aside,
         hold: Hold = in_memory,
+        between: Callable[[], None] = lambda: None,  # called before every pass of a batch; may raise, to stop there
     ):
         self.model = model
         self.batches = batches
         self.dtype = dtype
         self.aside = aside
         self.hold = hold
+        self.between = between
         self.layers_of = layers_by_block(model, layers)
         self.outside = self.layers_of.pop(None)
         self.names = list(self.layers_of)
@@ -89,6 +91,7 @@ class ModelBlocks:
 
     def call(self, block: int, batch: int, states: torch.Tensor) -> torch.Tensor:
         """(batch, window, d) before a block -> after it. The block is to be held."""
+        self.between()
         call = self._calls[block][batch]
         with computing_in(self.dtype):
             output = self.model.get_submodule(self.names[block])(states, *call.arguments, **call.keywords)
@@ -102,6 +105,7 @@ class ModelBlocks:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(next-token loss, states before the first block) of one batch. What is around the blocks is to be held; the
         input embeddings need not be."""
+        self.between()
         ids = self.batches[batch]
         if embedded is None:
             embedded = torch.zeros(*ids.shape, self.model.get_input_embeddings().embedding_dim)

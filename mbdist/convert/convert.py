@@ -6,7 +6,7 @@ the same bits as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +32,11 @@ from mbdist.convert.shards import Shard, check_disk, cut_into_shards
 from mbdist.data.calibration import BATCH_TOKENS
 from mbdist.errors import UserError
 from mbdist.free_memory import give_back
-from mbdist.model.float_weights import FloatWeights, safetensors_of
+from mbdist.model.float_weights import FloatWeights
 from mbdist.model.hashing import fingerprint_files, hash_tensors
 from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.model.loading import empty_model, load_model, resolve_path
+from mbdist.model.loading import empty_model, load_model, resolve_path, safetensors_of
 from mbdist.model.quantizer import MultiBooleanConfig
 from mbdist.model.saving import replaced_folder
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
@@ -78,9 +78,11 @@ class Conversion:
         spread: Spread = in_turn,  # of the matrices of a block, and of their rows, over processes
         optimizer: OptimizerOfBits = BooleanOptimizer,  # of a reconstruction
         replace: bool = False,  # an earlier output, and what an unfinished one of other settings left
+        between: Callable[[], None] = lambda: None,  # called before every pass of a calibration batch; may raise
     ):
         self.source, self.output, self.config = source, output, config
         self.dtype, self.spread, self.optimizer, self.replace = dtype, spread, optimizer, replace
+        self.between = between
         if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
         self.model = empty_model(source)
@@ -112,7 +114,7 @@ class Conversion:
 
     @property
     def loads_whole(self) -> bool:
-        """Whether the model is in a format (GGUF, pickle) that has to be read whole, once, into memory."""
+        """Whether the model is in a format (GGUF) that has to be read whole, once, into memory."""
         return self._weights is None
 
     def run(
@@ -128,7 +130,8 @@ class Conversion:
                 self._weights = _rewritten(self.source, folder.scratch / "float")
             moments: dict[str, LayerMoments] = {}
             if self.config.needs_calibration and left:
-                blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, Aside(folder.scratch), self._hold)
+                aside = Aside(folder.scratch)
+                blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, aside, self._hold, self.between)
                 moments = squared_moments(blocks, _SQUARED_BATCHES)
             planes = folder.remembered("planes", partial(self._choose_planes, moments))
             if self.config.init != "calibrated":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mbdist.errors import UserError
+from mbdist.file_lock import take_lock
 from mbdist.model.saving import clear_disk_errors, fsync, put_in_place
 
 
@@ -108,15 +108,10 @@ class PartialFolder:
         return self.scratch / f"reports-{number}.json"
 
     def _take_lock(self) -> None:
-        """A killed process leaves none behind."""
-        lock = self._lock.enter_context((self.folder / "lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UserError(f"another process is converting to {self.output} now; wait for it or end it") from error
-        except OSError:
-            pass  # a file system without locks
+        lock = take_lock(self.folder / "lock")
+        if lock is None:
+            raise UserError(f"another process is converting to {self.output} now; wait for it or end it")
+        self._lock.enter_context(lock)
 
     def _take_up(self, key: dict, replace: bool) -> None:
         before = json.loads(self._key.read_text()) if self._key.is_file() else None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,15 @@ class Corpus:
     eval: datasets.Dataset
 
 
-def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def load_corpus(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    between: Callable[[], None] = lambda: None,  # called before every document; may raise, to stop there
+) -> Corpus:
     """Windows of the config's data; from the cache where the same text met the same tokenizer before."""
-    train = load_windows(config.train, config, tokenizer)
+    train = load_windows(config.train, config, tokenizer, between)
     if config.eval is not None:
-        held_out = load_windows(config.eval, config, tokenizer)
+        held_out = load_windows(config.eval, config, tokenizer, between)
     else:
         count = max(1, round(len(train) * config.eval_fraction))
         if count >= len(train):
@@ -49,15 +54,28 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpu
     return Corpus(train.with_format("torch"), held_out.with_format("torch"))
 
 
-def load_windows(source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+def load_windows(
+    source: DataSource,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    between: Callable[[], None] = lambda: None,
+) -> datasets.Dataset:
     """All windows of one source."""
     root = Path(config.cache_dir) if config.cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "mbdist"
     folder = root / _key(source, config.window, tokenizer)
     if not folder.is_dir():
-        windows = _cut_windows(source, config.window, tokenizer)
+        windows = _cut_windows(source, config.window, tokenizer, between)
         with replaced_folder(folder) as target:
             windows.save_to_disk(target)
     return datasets.load_from_disk(str(folder))
+
+
+def digest_of_windows(windows: datasets.Dataset) -> str:
+    """SHA-256 of the tokens of all windows."""
+    digest = hashlib.sha256(f"{len(windows)}".encode())
+    for rows in windows.select_columns("input_ids").with_format("numpy").iter(1024):
+        digest.update(np.ascontiguousarray(rows["input_ids"], np.int32))
+    return digest.hexdigest()
 
 
 def _key(source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -79,10 +97,13 @@ def _key(source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase) ->
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _cut_windows(source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+def _cut_windows(
+    source: DataSource, window: int, tokenizer: PreTrainedTokenizerBase, between: Callable[[], None]
+) -> datasets.Dataset:
     ids: list[int] = []
     learned: list[bool] = []
     for document in load_documents(source):
+        between()
         tokens, marks = tokenize(document, tokenizer)
         ids += tokens
         learned += marks

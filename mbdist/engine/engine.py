@@ -15,7 +15,7 @@ from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
-from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments
+from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments, tie_moments
 from mbdist.engine.traffic import count_traffic
 from mbdist.engine.zero3 import PartitionedPlanes, gather_after_step, gather_by_blocks, keep_between_steps
 from mbdist.optim.boolean import BooleanOptimizer
@@ -129,6 +129,8 @@ class Engine:
 
     def state_pieces(self) -> Iterator[Piece]:
         """This rank's share of the trained floats and their moments, whole tensors each. All ranks iterate."""
+        if self.optimizer_steps:
+            tie_moments(self.engine)
         parameters = ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
         for number, (name, parameter) in enumerate(parameters):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):

@@ -22,6 +22,14 @@ def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
+def tie_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let DeepSpeed's accessors find all moments that there are. By itself stages 1 and 2 tie parameters to theirs
+    once, within the first step, and only those of the first group."""
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def full_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> torch.Tensor:
     """One moment of a parameter, of the parameter's shape. All ranks call it together."""
     if parameter in optimizer.state:
@@ -51,8 +59,7 @@ def restore_moments(
             "step": torch.tensor(float(steps), dtype=torch.float32, device=tensor.device),
             **moments,
         }
-    if stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # ties parameters to their parts of the states above
+    tie_moments(engine)
     for name, parameter in parameters.items():
         for key in MOMENTS:
             if stage == 3:

@@ -41,6 +41,7 @@ def place(
         zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
 
     def parameter(name: str, empty: torch.Tensor) -> nn.Parameter:
+        communicator.activity.enter(f"placing {name}")
         made = nn.Parameter(torch.empty_like(empty, device=device), empty.requires_grad)
         if not partitioned:
             weights.fill(name, 0, made.data.view(-1))

@@ -25,36 +25,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from mbdist.config.schema import ModelConfig
 from mbdist.errors import UserError
 from mbdist.model.layers import is_linear
-from mbdist.model.loading import clear_errors, resolve_path
+from mbdist.model.loading import clear_errors
 
 _ALIGNMENT = 64  # bytes, as torch allocates
-
-
-def safetensors_of(source: ModelConfig) -> list[Path]:
-    """The safetensors files of a model, fetched if they are on the hub; none where it is in another format.
-
-    Raises UserError where one that the index names is missing.
-    """
-    if source.gguf_file:
-        return []
-    where, at = resolve_path(source.path), {"revision": source.revision or "main"}
-    with clear_errors(source):
-        if single := cached_file(where, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **at):
-            return [Path(single)]
-        index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **at)
-        files = [Path(file) for file in get_checkpoint_shard_files(where, index, **at)[0]] if index else []
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(
-            f"the checkpoint {source.path} lacks {len(missing)} of its {len(files)} files, first {missing[0]}; "
-            "fetch it again"
-        )
-    return files
 
 
 class FloatWeights:

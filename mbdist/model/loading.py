@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from mbdist.config.schema import ModelConfig
 from mbdist.errors import UserError
@@ -46,12 +48,44 @@ def is_multi_boolean(source: ModelConfig) -> bool:
     return quantization.get("quant_method") == QUANT_METHOD
 
 
+def safetensors_of(source: ModelConfig) -> list[Path]:
+    """The safetensors files of a model, fetched if they are on the hub; none where it is in a GGUF file.
+
+    Raises UserError where one that the index names is missing, and for a model in pickled files: to read these is to
+    run what is in them.
+    """
+    if source.gguf_file:
+        return []
+    where, at = resolve_path(source.path), {"revision": source.revision or "main"}
+    with clear_errors(source):
+        if single := cached_file(where, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **at):
+            return [Path(single)]
+        index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **at)
+        files = [Path(file) for file in get_checkpoint_shard_files(where, index, **at)[0]] if index else []
+    if not files:
+        load_model_config(source)  # says so where there is no model at all
+        raise UserError(
+            f"{source.path} has no safetensors files, and pickled ones (.bin) are not read, since they may run any "
+            "code: name a revision that has safetensors (model.revision), or, where you trust the files, load them "
+            "with transformers and save_pretrained the model"
+        )
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(
+            f"the checkpoint {source.path} lacks {len(missing)} of its {len(files)} files, first {missing[0]}; "
+            "fetch it again"
+        )
+    return files
+
+
 def load_model(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal LM, float or multi-Boolean, in eval mode. Scales of a multi-Boolean model stay fp32."""
+    safetensors_of(source)
     with clear_errors(source):
-        unpack = {"quantization_config": GgufConfig(dequantize=True)} if source.gguf_file else {}
+        kind = {"use_safetensors": True}
+        if source.gguf_file:
+            kind = {"quantization_config": GgufConfig(dequantize=True)}
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_arguments(source), **unpack, dtype=dtype, output_loading_info=True
+            **_arguments(source), **kind, dtype=dtype, output_loading_info=True
         )
     if missing := sorted(info["missing_keys"]):  # transformers would carry on with random numbers there
         raise UserError(

@@ -98,6 +98,7 @@ def save_gathered_model(
             shards[file][name] = tensor
             if len(shards[file]) == len(plan.filename_to_tensors[file]):
                 save_file(shards.pop(file), target / file, metadata={"format": "pt"})
+                fsync(target / file)  # here, so that the end does not wait for all of a large model
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
-from mbdist.data import load_corpus
+from mbdist.data import digest_of_windows, load_corpus
 from mbdist.data.batches import fetch
 from mbdist.errors import UserError
 from mbdist.model.loading import check_window, load_model_config, load_tokenizer
@@ -25,7 +25,7 @@ from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import TopTokens
 from mbdist.train.prepare import teacher_source
 from mbdist.train.readout import Head, blocks
-from mbdist.train.teacher_cache import CacheHeader, bytes_a_token, cache_folder, digest_of, write_part
+from mbdist.train.teacher_cache import CacheHeader, bytes_a_token, cache_folder, write_part
 from mbdist.train.teachers import LiveTeacher, live_teacher
 
 _LONG = timedelta(days=7)  # rank 0 tokenises, ranks end at times of their own
@@ -65,7 +65,7 @@ def write_cache(config: RunConfig, communicator: Communicator, device: torch.dev
         dist.barrier(group=waiting)
     if header.held_out is None:
         found = evaluate(teacher.read, corpus.eval, config.train.eval_batch, communicator, device)
-        held_out = {"windows": digest_of(corpus.eval), "perplexity": found.perplexity}
+        held_out = {"windows": digest_of_windows(corpus.eval), "perplexity": found.perplexity}
         header = dataclasses.replace(header, held_out=held_out)
         if communicator.rank == 0:
             header.write(folder)

@@ -62,7 +62,7 @@ def prepare(
     config: RunConfig,
     metrics: MetricsWriter,
     optimizer: OptimizerOfBits = BooleanOptimizer,
-    between: Callable[[], None] = lambda: None,  # called after every converted layer
+    between: Callable[[], None] = lambda: None,  # called whenever there is progress; may raise, to stop there
 ) -> None:
     """Tokenise and convert, unless an earlier run with the same settings did."""
     teacher = teacher_source(config)  # a contradiction here is better found before the work than after
@@ -78,9 +78,11 @@ def prepare(
     if student_source(config) is not config.model:
         dtype = compute_dtype(config.train.precision, torch.device("cpu"))
         folder = Path(config.run_dir) / "converted"
-        conversion = Conversion(config.model, folder, config.convert, dtype, optimizer=optimizer, replace=True)
+        conversion = Conversion(
+            config.model, folder, config.convert, dtype, optimizer=optimizer, replace=True, between=between
+        )
     metrics.write("tokenizing")
-    corpus = load_corpus(config.data, tokenizer)
+    corpus = load_corpus(config.data, tokenizer, between)
     _check_length(config, len(corpus.train))
     if config.loss.teacher == "cached":
         CachedTeacher(config, corpus.train, teacher, torch.device("cpu"))  # raises what is wrong with it
@@ -120,11 +122,12 @@ def _convert(
     calibration = []
     if config.convert.needs_calibration:
         source = config.convert.calibration
-        windows = corpus.train if source is None else load_windows(source, config.data, tokenizer)
+        windows = corpus.train if source is None else load_windows(source, config.data, tokenizer, between)
         calibration = calibration_batches(windows, config.convert.calibration_tokens)
     reports = []
     for report in conversion.run(calibration, tokenizer):
         reports.append(report)
+        metrics.write("converted_layer", name=report.name, done=len(reports), layers=len(conversion.layers))
         between()
     metrics.write(
         "converted",

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from mbdist.checkpoint import complete_checkpoints, latest_checkpoint, remove_checkpoint
+from mbdist.checkpoint import (
+    changed_settings,
+    complete_checkpoints,
+    latest_checkpoint,
+    read_state,
+    remove_checkpoint,
+)
 from mbdist.config import RunConfig, write_config
 from mbdist.errors import Interrupted, UserError
+from mbdist.file_lock import take_lock
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.stop_signals import stop_file
 
-_locks: dict[Path, int] = {}  # held until this process ends, however it ends
+LOCK = ".lock"
+_locks: dict[Path, TextIO] = {}  # held until this process ends, however it ends
 
 
 def open_run_folder(config: RunConfig) -> RunConfig:
     """Make the folder, keep other runs out of it, write the resolved config into it; clear what an earlier run left,
     unless this one goes on from its checkpoint.
 
-    Returns the config with the folder's absolute path, which holds in every process of the run.
+    Returns the config with the folder's absolute path, which holds in every process of the run. Raises UserError
+    where the folder cannot be written, or the checkpoint to start from is of another run: all in it stays as it was.
     """
     folder = Path(config.run_dir).resolve()
     config = config.model_copy(update={"run_dir": str(folder)})
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        resumes = _settle_checkpoints(config)
+        start, found = _choose_start(config), starting_checkpoint(config)
+        if start is not None:
+            changed_settings(start, read_state(start), config)
+        _settle_checkpoints(config, start, found)
         write_config(config, folder / "config.yaml")
         (folder / "summary.json").unlink(missing_ok=True)
         stop_file(config.run_dir).unlink(missing_ok=True)
-        if not resumes:
+        if start is None or found is None:
             for log in (folder / "logs").iterdir():
                 log.unlink()
             (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -89,59 +100,47 @@ def note_end(config: RunConfig, error: Exception) -> None:
         metrics.write("failed", error=str(error))
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a run is going on in the folder, as far as this machine can see."""
-    try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
-def _settle_checkpoints(config: RunConfig) -> bool:
-    """Decide where the run starts; whether it goes on with what its folder has."""
+def _choose_start(config: RunConfig) -> Path | None:
+    """The checkpoint that the run is to start from; None where it starts anew. Nothing is written."""
     folder, start_file = checkpoint_folder(config), _start_file(config)
-    own = complete_checkpoints(folder)
     finished = (Path(config.run_dir) / "summary.json").exists()
     match config.checkpoint.resume:
-        case "auto" if not finished and (own or start_file.exists()):
-            return True
-        case "auto" | "none":
-            for each in own:
-                remove_checkpoint(each)
-            start_file.unlink(missing_ok=True)
-            return False
+        case "none":
+            return None
+        case "auto":
+            return None if finished else starting_checkpoint(config)
     wanted = Path(config.checkpoint.resume).resolve()
     if not wanted.is_dir():
         raise UserError(
             f"checkpoint.resume = {wanted}: there is no such folder; give auto, none or a checkpoint's folder"
         )
-    if own and wanted.parent != folder.resolve():
-        if start_file.exists() and start_file.read_text() == str(wanted):
-            return True  # the same command again
-        raise UserError(
-            f"checkpoint.resume = {wanted}, but run_dir has checkpoints of its own, the newest {own[-1]}: use another "
-            "run_dir, or checkpoint.resume=auto"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    start_file.write_text(str(folder / wanted.name if own else wanted))
-    return bool(own)
+    own = complete_checkpoints(folder)
+    if not own or wanted.parent == folder.resolve():
+        return folder / wanted.name if own else wanted
+    if start_file.exists() and start_file.read_text() == str(wanted):
+        return own[-1]  # the same command again
+    raise UserError(
+        f"checkpoint.resume = {wanted}, but run_dir has checkpoints of its own, the newest {own[-1]}: use another "
+        "run_dir, or checkpoint.resume=auto"
+    )
+
+
+def _settle_checkpoints(config: RunConfig, start: Path | None, found: Path | None) -> None:
+    """Have the workers find ``start``, who would find ``found``."""
+    if start is None:
+        for each in complete_checkpoints(checkpoint_folder(config)):
+            remove_checkpoint(each)
+        _start_file(config).unlink(missing_ok=True)
+    elif start != found:
+        checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+        _start_file(config).write_text(str(start))
 
 
 def _lock(folder: Path) -> None:
     """Raises UserError while another process has the folder."""
     if folder in _locks:
         return
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another run is going on in run_dir {folder}: give this one a folder of its own") from None
-    _locks[folder] = handle
+    lock = take_lock(folder / LOCK)
+    if lock is None:
+        raise UserError(f"another run is going on in run_dir {folder}: give this one a folder of its own")
+    _locks[folder] = lock

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mbdist.checkpoint import complete_checkpoints
 from mbdist.errors import UserError
+from mbdist.file_lock import is_locked
 from mbdist.train.metrics import read_metrics
-from mbdist.train.run_folder import is_locked
+from mbdist.train.run_folder import LOCK
 
 
 def describe_run(folder: Path) -> str:
@@ -19,17 +20,19 @@ def describe_run(folder: Path) -> str:
     if not metrics.exists():
         raise UserError(f"{folder} is not the folder of a run that began: it has no metrics.jsonl")
     last: dict[str, dict] = {}
+    latest = {"event": "nothing", "time": time.time()}
     resumed = 0
     for record in read_metrics(metrics):
-        last[record["event"]] = record
+        last[record["event"]] = latest = record
         resumed += record["event"] == "resumed"
-    latest = max(last.values(), key=lambda record: record["time"], default={"event": "nothing", "time": time.time()})
     lines = [f"{folder}: {_state(folder, latest)}"]
     if start := last.get("start"):
         lines.append(
             f"workers: {start['world_size']} on {start['device']}, ZeRO stage {start['zero_stage']}, signal as "
             f"{start['codec']}" + (f"; resumed {resumed} times" if resumed else "")
         )
+    if latest["event"] == "converted_layer":
+        lines.append(f"converting: {latest['done']} of {latest['layers']} layers")
     if step := last.get("step"):
         lines.append(
             f"step {step['step']}/{start['steps']}: loss {step['loss']:.4g}, flip rate {step['flip_rate']:.1e}, "
@@ -43,7 +46,8 @@ def describe_run(folder: Path) -> str:
         lines.append("checkpoint: none yet")
     if (refused := last.get("checkpoint_failed")) and refused["time"] > last.get("checkpoint", refused)["time"] - 1e-9:
         lines.append(f"last checkpoint failed, {_ago(refused['time'])}: {refused['why']}")
-    if error := last.get("failed"):
+    errors = [last[event] for event in ("failed", "workers_lost") if event in last]
+    if error := max(errors, key=lambda record: record["time"], default=None):
         lines.append(f"last error, {_ago(error['time'])}: {error['error']}")
     return "\n".join(lines)
 
@@ -56,7 +60,7 @@ def _state(folder: Path, latest: dict) -> str:
         return "failed"
     if latest["event"] == "stopped":
         return f"stopped after step {latest['step']}; the same command goes on from there"
-    if is_locked(folder):
+    if is_locked(folder / LOCK):
         return f"running ({latest['event']}, {_ago(latest['time'])})"
     return f"not running here; its last sign of life was {_ago(latest['time'])} ({latest['event']})"
 

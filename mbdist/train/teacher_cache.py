@@ -31,7 +31,7 @@ import safetensors.numpy
 import torch
 
 from mbdist.config.schema import ModelConfig, RunConfig
-from mbdist.data import Batch
+from mbdist.data import Batch, digest_of_windows
 from mbdist.errors import UserError
 from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
@@ -41,7 +41,7 @@ _FORMAT = 1
 _PART_BYTES = 64 << 20
 _FEWEST_PARTS = 64  # of a small cache too: what workers share out
 _OPEN_PARTS = 128
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+_WEIGHT_FILES = ("*.safetensors", "*.gguf", "config.json")
 
 _DATA = "the training windows (data.train, data.window, data.eval, the tokenizer)"
 _TEACHER = "the teacher (loss.teacher_model, or model)"
@@ -173,7 +173,7 @@ class CachedTeacher:
     def perplexity(self, held_out: datasets.Dataset) -> float | None:
         """The teacher's, where it was measured on the same windows when the cache was written."""
         known = self.header.held_out
-        return known["perplexity"] if known is not None and known["windows"] == digest_of(held_out) else None
+        return known["perplexity"] if known is not None and known["windows"] == digest_of_windows(held_out) else None
 
     def _read(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``TopTokens`` of a window's positions."""
@@ -210,15 +210,7 @@ class _CachedLesson:
 
 def _facts(config: RunConfig, windows: datasets.Dataset, teacher: ModelConfig | None) -> dict[str, str]:
     known = {_TEACHER: _fingerprint_of(teacher)} if teacher is not None else {}
-    return {_DATA: digest_of(windows), _TEMPERATURE: repr(config.loss.temperature), **known}
-
-
-def digest_of(windows: datasets.Dataset) -> str:
-    """Of the tokens of all windows."""
-    digest = hashlib.sha256(f"{len(windows)}".encode())
-    for rows in windows.select_columns("input_ids").with_format("numpy").iter(1024):
-        digest.update(np.ascontiguousarray(rows["input_ids"], np.int32))
-    return digest.hexdigest()
+    return {_DATA: digest_of_windows(windows), _TEMPERATURE: repr(config.loss.temperature), **known}
 
 
 def _fingerprint_of(teacher: ModelConfig) -> str:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -14,11 +13,11 @@ from typing import NoReturn
 import psutil
 import torch
 
-from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, check_resumable
+from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, changed_settings, check_inputs
 from mbdist.comm.agreement import agree, share_launch_settings
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
-from mbdist.data import Batch, Batches, load_corpus
+from mbdist.data import Batch, Batches, digest_of_windows, load_corpus
 from mbdist.engine import Engine, place
 from mbdist.errors import Interrupted, UserError
 from mbdist.model.hashing import TensorHash
@@ -31,6 +30,7 @@ from mbdist.optim.parameter_groups import mean_magnitudes
 from mbdist.plan import MemoryPlan, plan_memory, planned_model
 from mbdist.train.environment import compute_dtype, node_size
 from mbdist.train.evaluate import evaluate
+from mbdist.train.leaving_nodes import LeavingNodes
 from mbdist.train.loss import LossTerms, hidden_loss, token_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.peak_memory import PeakMemory
@@ -57,6 +57,7 @@ class Trainer:
         optimizer: OptimizerOfBits = BooleanOptimizer,
         saved: Checkpoint | None = None,  # to go on from
         stopping: StopRequest | None = None,  # None: nobody will ask
+        leaving: LeavingNodes | None = None,
     ):
         self.peak_memory = PeakMemory(device)
         self.config = config
@@ -77,7 +78,12 @@ class Trainer:
         )
         student = empty_model(source)
         files = WeightFiles(source, student)
-        self._agree(files)
+        self._inputs = {
+            "model": preparation_key(config),
+            "data.train": digest_of_windows(self.corpus.train),
+            "weights": files.digest(),
+        }
+        self._agree()
         share_launch_settings(communicator)
         self.bits_per_weight = bits_per_weight(student)
         self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
@@ -86,14 +92,17 @@ class Trainer:
         magnitudes = mean_magnitudes(trained, files, communicator)
         weights: Weights = files
         if saved is not None:
-            changed = check_resumable(saved, config, preparation_key(config))
+            changed = changed_settings(saved.folder, saved.state, config)
+            check_inputs(saved.folder, saved.state, self._inputs)
             weights = ResumedWeights(saved, files, dict(trained))
         place(student, weights, config, device, communicator)
         if config.train.activation_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
+        communicator.activity.enter("loading the teacher")
         self.teacher = load_teacher(
             config, device, self.dtype, self.corpus.train, student.config.get_text_config().vocab_size
         )
+        communicator.activity.enter("setting up the optimizers")
         self.readout = Readout(student)
         self.boolean = optimizer(
             dict(boolean_layers(student)),
@@ -109,16 +118,9 @@ class Trainer:
         with self._autocast():
             self.readout.probe(self.engine.forward, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.stopping = stopping
+        self.leaving = leaving or LeavingNodes(None)
         self.first_step = self.steps_done = self._saved_step = 0
-        attempt = communicator.all_gather_objects(uuid.uuid4().hex[:8], "agreement")[0]
-        self.writer = CheckpointWriter(
-            checkpoint_folder(config),
-            config.checkpoint,
-            communicator.rank,
-            communicator.world_size,
-            attempt,
-            metrics.write,
-        )
+        self.writer = CheckpointWriter(checkpoint_folder(config), config.checkpoint, communicator, metrics.write)
         self._say_what_was_decided()
         if saved is not None:
             self.boolean.load_state(saved.state["boolean"], saved)
@@ -126,7 +128,7 @@ class Trainer:
             self.first_step = self.steps_done = self._saved_step = saved.step
             metrics.write("resumed", step=saved.step, folder=str(saved.folder), changed=changed)
 
-    def _agree(self, files: WeightFiles) -> None:
+    def _agree(self) -> None:
         """Stop here, and not in a collective that never ends, where workers would compute different things."""
         of_this_worker = {"run_dir": True, "cluster": {"device", "cpus_per_worker"}, "data": {"cache_dir"}}
         sections = self.config.model_dump(mode="json", exclude=of_this_worker)
@@ -137,7 +139,8 @@ class Trainer:
         facts["the compute type (train.precision)"] = str(self.dtype)
         facts["the kind of device (cluster.device)"] = self.device.type
         facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
-        facts["the digest of the model's weights"] = files.digest()
+        facts["the digest of the training windows"] = self._inputs["data.train"]
+        facts["the digest of the model's weights"] = self._inputs["weights"]
         agree(self.communicator, facts)
 
     def _say_what_was_decided(self) -> None:
@@ -208,8 +211,7 @@ class Trainer:
 
     def _between_batches(self) -> None:
         self.communicator.activity.enter("evaluating")
-        stop, _ = self._agreed(False)
-        if stop:
+        if self._agreed()[0]:
             self._stop()
 
     # Training.
@@ -220,10 +222,10 @@ class Trainer:
         skipped = 0
         for step in range(self.first_step, self.config.train.steps):
             started = time.perf_counter()
-            stop, save = self._agreed(self.communicator.rank == 0 and self.writer.is_due(step))
+            stop, save, ask = self._agreed(self.writer.is_due(step), step > self.first_step and self.leaving.due)
             if stop:
                 self._stop()
-            if save and step > self.first_step:
+            if (ask and self.leaving.asked()) or (save and step > self.first_step):
                 self.checkpoint()
             report, losses = self.step(step)
             self.steps_done = step + 1
@@ -244,15 +246,17 @@ class Trainer:
                 perplexity = self.evaluate("in training")
                 if self.config.checkpoint.keep_best:
                     self.checkpoint(perplexity)
+        if self.config.checkpoint.every_steps or self.config.checkpoint.every_minutes:
+            self.checkpoint()  # what comes after may fail, of a full disk say
         self.communicator.activity.enter("writing a checkpoint")
         self.writer.wait()
 
-    def _agreed(self, save: bool) -> tuple[bool, bool]:
-        """(whether a worker was told to stop, whether one wants to save): what all of them do now."""
-        told = self.stopping is not None and self.stopping.seen
-        wishes = torch.tensor([told, save], dtype=torch.int32, device=self.device)
-        stop, save = self.communicator.all_reduce_sum(wishes, "statistics").tolist()
-        return bool(stop), bool(save)
+    def _agreed(self, save: bool = False, ask: bool = False) -> tuple[bool, bool, bool]:
+        """What all workers do now: (stop, as one was told to; save, and ask for nodes that leave, as rank 0 wants)."""
+        told, first = self.stopping is not None and self.stopping.seen, self.communicator.rank == 0
+        wishes = torch.tensor([told, first and save, first and ask], dtype=torch.int32, device=self.device)
+        stop, save, ask = map(bool, self.communicator.all_reduce_sum(wishes, "statistics").tolist())
+        return stop, save, ask
 
     def _stop(self) -> NoReturn:
         """Save what was not saved, and end the run here."""
@@ -273,7 +277,7 @@ class Trainer:
             "step": self.steps_done,
             "perplexity": perplexity,
             "config": self.config.model_dump(mode="json"),
-            "prepared": preparation_key(self.config),
+            "inputs": self._inputs,
             "boolean": self.boolean.shared_state(),
             "engine": self.engine.shared_state(),
         }
@@ -423,6 +427,7 @@ class Trainer:
 
         def hashed() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in state:
+                self.communicator.activity.enter(f"saving {name}")
                 if ".plane_" in name:
                     planes.add(name, tensor)
                 yield name, tensor

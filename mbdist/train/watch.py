@@ -31,6 +31,7 @@ _SAYS = {
     "checkpoint_failed": "WARNING: no checkpoint after step {step}: {why}",
     "eval": "perplexity, {name}: {perplexity:,.2f}",
     "memory": "memory: {measured} a worker at the most, {predicted} predicted",
+    "workers_lost": "WARNING: {error}",
     "saved": "saved {folder}",
 }
 
@@ -87,6 +88,9 @@ class RunWatcher:
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)
+        if event == "resumed":
+            for setting, change in record["changed"].items():
+                self.console.print(f"  with {setting}: {change}", markup=False)
         if event == "start":
             for line in _machines(record["workers"]):
                 self.console.print(line, markup=False)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pydoc_data.topics
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import models
@@ -12,9 +14,11 @@ import processes
 import pytest
 import torch
 import yaml
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 
-from mbdist.checkpoint import CheckpointWriter, complete_checkpoints
+from mbdist.checkpoint import CheckpointWriter, Piece, complete_checkpoints
+from mbdist.comm.communicator import Communicator
 from mbdist.config.checkpoint import CheckpointConfig
 from mbdist.train.metrics import read_metrics
 from mbdist.train.status import describe_run
@@ -161,25 +165,72 @@ def test_a_run_starts_from_the_checkpoint_that_is_named(tmp_path, llama_folder, 
     assert "nowhere/step_3: there is no such folder" in finish(settings, tmp_path, expect=2)
 
 
-@pytest.mark.slow
-def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(tmp_path, llama_folder):
-    model = shutil.copytree(llama_folder, tmp_path / "llama")
-    settings = settings_of(tmp_path / "run", model, keep_last=3)
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*")) if path.is_file()}
+
+
+def with_another_bit(file, place=-1):
+    """What it held, before a bit of one byte became another."""
+    content = bytearray(before := file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    return before
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory, llama_folder):
+    """(settings, checkpoint) of a run that was killed after its first. Its model and its text are its own."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    model = shutil.copytree(llama_folder, folder / "llama")
+    (folder / "text.txt").write_text("\n".join(list(pydoc_data.topics.topics.values())[:40]))
+    settings = settings_of(folder / "run", model, keep_last=3)
+    settings["data"]["train"] = {"type": "text", "paths": [str(folder / "text.txt")]}
     killed(settings)
-    (folder,) = (tmp_path / "run/checkpoints").glob("step_?")
-    other = finish({**settings, "seed": 5}, tmp_path, expect=2)
-    assert "seed: 0 -> 5" in other and "Traceback" not in other
-    kept = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    assert "are not those that" in finish(settings, tmp_path, expect=2)
-    (model / "model.safetensors").write_bytes(kept)
-    (tmp_path / "run/checkpoints/step_99").mkdir()  # without its marker: was not written to the end
+    return settings, folder / "run/checkpoints/step_3"
+
+
+@pytest.mark.slow
+def test_a_setting_that_may_not_change_is_refused_before_anything_is_written(tmp_path, unfinished):
+    settings, _ = unfinished
+    run_dir = Path(settings["run_dir"])
+    before = content_of(run_dir), content_of(run_dir / "converted")
+    for changes, named in (
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"convert": settings["convert"] | {"planes": 3}}, "convert.planes: 2 -> 3"),
+    ):
+        output = finish(settings | changes, tmp_path, expect=2)
+        assert named in output and "Traceback" not in output
+        assert (content_of(run_dir), content_of(run_dir / "converted")) == before
+
+
+@pytest.mark.slow
+def test_what_a_run_reads_must_be_what_it_was(tmp_path, unfinished):
+    settings, _ = unfinished
+    run_dir = Path(settings["run_dir"])
+    before = content_of(run_dir / "converted")
+    changed = {
+        run_dir.parent / "llama/model.safetensors": "the files of the model (model.path) are not those",
+        run_dir.parent / "text.txt": "the training text (data.train) is another",
+        max((run_dir / "converted").glob("*.safetensors")): "training started from other weights",
+    }
+    for file, message in changed.items():
+        kept = with_another_bit(file, 0 if file.suffix == ".txt" else -1)  # the end of the text is held out
+        assert message in finish(settings, tmp_path, expect=2)
+        file.write_bytes(kept)
+        assert content_of(run_dir / "converted") == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_whole_is_refused_and_a_whole_one_goes_on(tmp_path, unfinished):
+    settings, folder = unfinished
+    (cut := folder.with_name("step_99")).mkdir()  # without its marker: was not written to the end
+    named = settings | {"checkpoint": settings["checkpoint"] | {"resume": str(cut)}}
+    assert f"{cut} is no complete checkpoint" in finish(named, tmp_path, expect=2)
     shard = folder / "shard_0.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    whole = with_another_bit(shard)
     assert "its content is not what was written" in finish(settings, tmp_path, expect=2)
     shard.write_bytes(whole[:-100])
-    assert "bytes were written" in (cut := finish(settings, tmp_path, expect=2)) or " were written" in cut
+    assert f"{len(whole)} were written" in finish(settings, tmp_path, expect=2)
     shard.write_bytes(whole)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 0}))
@@ -215,7 +266,7 @@ def test_a_run_stops_inside_conversion_and_evaluation_too(tmp_path, llama_folder
     output = finish(settings, tmp_path)
     assert "resumed after step 1" in output and "perplexity, finetuned" in output
     shown = describe_run(tmp_path / "run")
-    assert "finished, after" in shown and "step 2/2: loss" in shown and "checkpoint: step_1" in shown
+    assert "finished, after" in shown and "step 2/2: loss" in shown and "checkpoint: step_2" in shown
     assert list((tmp_path / "run/tensorboard").glob("events.*"))
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 
@@ -238,6 +289,45 @@ def test_a_full_disk_leaves_the_run_and_the_checkpoint_before_it(tmp_path, llama
     check_same(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
+def save_twice(folder, room_bytes):
+    """What rank 0 reports of two checkpoints of 2 x 64 KiB, the first of them on a disk that fills up meanwhile."""
+    communicator, reported = Communicator(timeout_s=4), []
+    writer = CheckpointWriter(folder, CheckpointConfig(), communicator, lambda event, **_: reported.append(event))
+    pieces = [Piece("x", communicator.rank << 14, torch.zeros(1 << 14))]
+    write = writer._write
+
+    def after_the_disk_filled(*work):
+        if communicator.rank == 0:
+            (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - room_bytes))
+        (folder / f"ready_{communicator.rank}").touch()
+        while len(list(folder.glob("ready_*"))) < 2:
+            time.sleep(0.01)
+        write(*work)
+
+    writer._write = after_the_disk_filled
+    writer.save(1, pieces, {"step": 1})
+    writer.wait()
+    communicator.all_gather_objects(None, "checkpoint")
+    (folder / "ballast").unlink(missing_ok=True)
+    writer._write = write
+    writer.save(2, pieces, {"step": 2})
+    writer.wait()
+    communicator.all_gather_objects(None, "checkpoint")
+    return reported, sorted(path.name for path in folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("room_kb", [0, 40, 100])  # for no note, for a note and no shard, for one shard of the two
+def test_a_disk_that_fills_up_while_two_workers_write_costs_one_checkpoint(tmp_path, room_kb):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        found, _ = run_on_ranks(2, tmp_path, save_twice, tmp_path, room_kb << 10)
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert found == (["checkpoint_failed", "checkpoint"], ["step_2"])
+
+
 def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_folder):
     (tmp_path / "theirs").mkdir(mode=0o555)
     path = tmp_path / "run.yaml"
@@ -253,11 +343,40 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path, llama_fol
 
 
 def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path):
-    writer = CheckpointWriter(tmp_path, CheckpointConfig(keep_last=1, keep_best=2), 0, 1, "a", lambda *_, **__: None)
+    writer = CheckpointWriter(
+        tmp_path, CheckpointConfig(keep_last=1, keep_best=2), Communicator(), lambda *_, **__: None
+    )
     for step, perplexity in enumerate([9.0, 5.0, None, 4.0, 7.0, 8.0, None], start=1):
         writer.save(step, [], {"step": step, "perplexity": perplexity})
         writer.wait()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_2", "step_4", "step_7"]
+
+
+def told_that_a_node_leaves():
+    return True
+
+
+@pytest.mark.slow
+def test_a_run_saves_once_where_a_node_is_about_to_leave(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder, workers=2, every_steps=None)
+    processes.join(processes.start(processes.train_rank, settings, told_that_a_node_leaves))
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [record["step"] for record in records if record["event"] == "checkpoint"] == [1, STEPS]
+
+
+def hanging_before_it_prepares(settings):
+    from mbdist.train import worker
+
+    worker.prepare = lambda *_, **__: time.sleep(600)
+    processes.train_rank(settings)
+
+
+def test_a_worker_that_hangs_while_it_prepares_says_so_and_ends(tmp_path, llama_folder):
+    settings = settings_of(tmp_path / "run", llama_folder)
+    settings["train"]["hang_timeout_s"] = 4
+    (rank,) = processes.start(hanging_before_it_prepares, settings)
+    done = rank.wait(100)
+    assert done.returncode == 1 and "s in preparing (train.hang_timeout_s = 4)" in done.stderr, done.stderr
 
 
 @pytest.mark.slow
@@ -272,4 +391,8 @@ def test_a_run_keeps_the_checkpoints_that_evaluated_best(tmp_path, llama_folder)
     }
     best = min(measured, key=measured.__getitem__)
     kept = {path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")}
-    assert list(measured) == [2, 4, 6] and kept == {f"step_{best}", "step_6"}
+    assert list(measured) == [2, 4, 6] and kept == {f"step_{best}", f"step_{STEPS}"}
+    before = outcome(tmp_path / "run")
+    processes.train(settings)  # as if what follows the last step had failed
+    assert resumed(settings) == [STEPS]
+    check_same(outcome(tmp_path / "run"), before)

@@ -123,7 +123,10 @@ def test_a_submitted_job_shrinks_with_its_cluster_and_grows_again(tmp_path, llam
     settings["train"]["steps"] = 100_000
     process = submit(settings, tmp_path, address)
     processes.wait_for(run_dir, processes.logged("checkpoint"), process)
-    started = sizes(read_metrics(run_dir / "metrics.jsonl"))[-1]  # Ray may begin before it has seen all nodes
+    start = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "start"][-1]
+    started = start["world_size"]  # Ray may begin before it has seen all nodes
+    for worker in start["workers"]:
+        assert psutil.Process(worker["pid"]).environ()["A_SECRET"] == "hunter2"
     kill_node(next(node for node in nodes[1:] if runs_a_worker(node)))
     processes.wait_for(run_dir, trains_on(lambda workers: workers < started), process)
     start_another()
@@ -135,7 +138,10 @@ def test_a_submitted_job_shrinks_with_its_cluster_and_grows_again(tmp_path, llam
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "the same command goes on from there" in output, output[-3000:]
     assert not any(secret in output for secret in ("hunter2", TOKEN["RAY_AUTH_TOKEN"]))
-    assert "hunter2" not in (tmp_path / "run/config.yaml").read_text()
+    written = [run_dir / "config.yaml", run_dir / "metrics.jsonl", *(run_dir / "logs").iterdir()]
+    assert len(written) > 3 and not any("hunter2" in file.read_text() for file in written)
+    (lost, *_) = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["event"] == "workers_lost"]
+    assert "was lost: " in lost["error"] and len(lost["workers"]) >= 1
 
 
 @pytest.mark.slow
@@ -171,6 +177,6 @@ def test_a_dry_run_shows_and_refuses(tmp_path, llama_folder):
     assert process.returncode == 2 and "data.bin" in output and "2.0 MB" in output
     output, _ = submit(settings | {"run_dir": "relative"}, tmp_path, "http://127.0.0.1:1", "--dry-run").communicate()
     assert "must be an absolute path" in output
-    settings["cluster"]["environment"] = ["RANK"]
+    settings["cluster"]["environment"] = ["RANK", "RAY_JOB_STOP_WAIT_TIME_S"]
     output, _ = submit(settings, tmp_path, "http://127.0.0.1:1", "--dry-run").communicate()
-    assert "RANK is set by the launcher" in output
+    assert "RANK, RAY_JOB_STOP_WAIT_TIME_S is set by the launcher" in output

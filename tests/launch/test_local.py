@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mbdist.train.metrics import read_metrics
+from mbdist.train.status import describe_run
 
 
 def launch(tmp_path, settings, check=True):
@@ -83,7 +84,7 @@ def test_workers_that_are_killed_or_hang_in_any_phase_are_replaced(tmp_path, lla
     """The bits are those of a run that nobody disturbed. Of the hang, the peer says what it was doing."""
     processes.train(whole := with_checkpoints(tmp_path, llama_folder, "whole"))
     settings = with_checkpoints(tmp_path, llama_folder, "disturbed")
-    settings["train"]["hang_timeout_s"] = 10
+    settings["train"]["hang_timeout_s"] = 20
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     (struck := tmp_path / "struck").mkdir()
     command = [sys.executable, Path(__file__).with_name("struck_workers.py"), tmp_path / "run.yaml", struck]
@@ -93,6 +94,9 @@ def test_workers_that_are_killed_or_hang_in_any_phase_are_replaced(tmp_path, lla
     expected, found = (list(read_metrics(Path(each["run_dir"]) / "metrics.jsonl")) for each in (whole, settings))
     starts = [record for record in found if record["event"] == "start"]
     assert len(starts) == 1 + len(PHASES)
+    lost = [record for record in found if record["event"] == "workers_lost"]
+    assert len(lost) >= len(PHASES) and all("was lost: " in record["error"] for record in lost), lost
+    assert lost[-1]["error"] in describe_run(tmp_path / "disturbed")
     assert found[-1]["event"] == "saved" and found[-1]["planes_sha256"] == expected[-1]["planes_sha256"]
     assert found[-2]["name"] == "finetuned" and found[-2]["perplexity"] == expected[-2]["perplexity"]
     assert not list((tmp_path / "disturbed/checkpoints").glob("*.tmp-*")), "what was half written is removed"

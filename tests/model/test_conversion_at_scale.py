@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import models
 import pytest
@@ -21,10 +22,10 @@ from mbdist.convert.calibrated import OutputMetric
 from mbdist.convert.moments import squared_moments
 from mbdist.convert.partial_folder import partial_folder_of
 from mbdist.errors import UserError
-from mbdist.model.float_weights import FloatWeights, safetensors_of
+from mbdist.model.float_weights import FloatWeights
 from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import convertible_layers
-from mbdist.model.loading import empty_model, load_model
+from mbdist.model.loading import empty_model, load_model, safetensors_of
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
@@ -200,16 +201,19 @@ def test_another_conversion_to_the_same_folder_is_refused_or_replaces_it(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_pickled_checkpoint_is_rewritten_first(tmp_path):
-    model = models.small_model()
-    model.save_pretrained(tmp_path / "float")
-    list(Conversion(ModelConfig(path=str(tmp_path / "float")), tmp_path / "one", ConvertConfig(init="joint")).run())
-    torch.save(load_file(tmp_path / "float/model.safetensors"), tmp_path / "float/pytorch_model.bin")
+def test_a_pickled_checkpoint_is_refused_unread(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    models.small_model().save_pretrained(tmp_path / "float")
     (tmp_path / "float/model.safetensors").unlink()
-    conversion = Conversion(ModelConfig(path=str(tmp_path / "float")), tmp_path / "two", ConvertConfig(init="joint"))
-    assert conversion.loads_whole
-    list(conversion.run())
-    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
+    torch.save({"weight": Trap()}, tmp_path / "float/pytorch_model.bin")
+    source = ModelConfig(path=str(tmp_path / "float"))
+    for read in (load_model, lambda source: Conversion(source, tmp_path / "out", ConvertConfig(init="joint"))):
+        with pytest.raises(UserError, match=r"has no safetensors files, and pickled ones \(.bin\) are not read"):
+            read(source)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
 def test_weights_that_the_checkpoint_fuses_are_read_as_the_model_has_them(tmp_path):

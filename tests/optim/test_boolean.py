@@ -79,7 +79,7 @@ def run(communicator, config, codec="fp32", steps=STEPS, save=None, resume=None)
         optimizer.load_state(saved.state["boolean"], saved)
     for step in range(first, steps):
         if save is not None and step == 2:
-            writer = CheckpointWriter(save, CheckpointConfig(), communicator.rank, ranks, "a", lambda *_, **__: None)
+            writer = CheckpointWriter(save, CheckpointConfig(), communicator, lambda *_, **__: None)
             writer.save(step, optimizer.state_pieces(), {"step": step, "boolean": optimizer.shared_state()})
             writer.wait()
             break
@@ -362,7 +362,7 @@ def test_state_of_another_run_is_refused(tmp_path):
     state = optimizer.shared_state()
     state["accumulators"]["other"] = state["accumulators"].pop("a.plane_1")
     optimizer.store = store_of(optimizer)
-    writer = CheckpointWriter(tmp_path, CheckpointConfig(), 0, 1, "a", lambda *_, **__: None)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), Communicator(), lambda *_, **__: None)
     writer.save(2, optimizer.state_pieces(), {"step": 2})
     writer.wait()
     with pytest.raises(UserError, match="other layers"):
@@ -381,7 +381,7 @@ def test_an_int4_accumulator_takes_half_a_byte_here_and_in_a_checkpoint(tmp_path
     assert optimizers["int4"].state_bytes()["accumulators"] == weights // 2
     pieces = optimizers["int4"].state_pieces()
     assert sum(piece.values.nbytes for piece in pieces if piece.name.startswith("accumulator/")) == weights // 2
-    writer = CheckpointWriter(tmp_path, CheckpointConfig(), 0, 1, "a", lambda *_, **__: None)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), Communicator(), lambda *_, **__: None)
     writer.save(2, optimizers["int8"].state_pieces(), {"step": 2})
     writer.wait()
     with pytest.raises(UserError, match=r"accumulators of torch.int8, and boolean.accumulator = int4"):

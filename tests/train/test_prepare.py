@@ -7,7 +7,7 @@ from mbdist.config import parse_config
 from mbdist.errors import Interrupted
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import load_model
-from mbdist.train.metrics import MetricsWriter
+from mbdist.train.metrics import MetricsWriter, read_metrics
 from mbdist.train.prepare import prepare, student_source
 
 
@@ -45,3 +45,21 @@ def test_settings_that_changed_convert_anew(tmp_path, llama_folder):
         prepare(config, MetricsWriter(tmp_path / "run/metrics.jsonl"))
         found.append(load_model(student_source(config)).model.layers[0].mlp.up_proj.num_planes)
     assert found == [2, 3]
+
+
+def test_a_calibration_stops_between_two_passes(tmp_path, llama_folder):
+    convert = {"init": "calibrated", "calibration_tokens": 512, "reconstruction": {"steps": 2}}
+    config = parse_config(models.run_settings(tmp_path / "run", llama_folder, convert=convert))
+    (tmp_path / "run").mkdir()
+    log = tmp_path / "run/metrics.jsonl"
+
+    def stop():
+        if "converting" in log.read_text():
+            raise Interrupted(0)
+
+    with pytest.raises(Interrupted):
+        prepare(config, MetricsWriter(log), between=stop)
+    assert list(read_metrics(log))[-1]["event"] == "converting", "before the first layer"
+    prepare(config, MetricsWriter(log))
+    layers = [record for record in read_metrics(log) if record["event"] == "converted_layer"]
+    assert [record["done"] for record in layers] == list(range(1, 15)) and layers[-1]["layers"] == 14

@@ -1,5 +1,8 @@
 """Whole runs in one process on a small real model."""
 
+import errno
+import fcntl
+import io
 import json
 import math
 import signal
@@ -13,12 +16,16 @@ import processes
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mbdist.cli.main import app
 from mbdist.config import parse_config
 from mbdist.errors import UserError
 from mbdist.train.metrics import MetricsWriter, read_metrics
+from mbdist.train.run_folder import open_run_folder
+from mbdist.train.status import describe_run
+from mbdist.train.watch import RunWatcher
 from mbdist_kernels import unpack_signs
 
 
@@ -187,11 +194,33 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path
 
 
 def test_a_run_dir_that_cannot_be_written(tmp_path, llama_folder):
-    from mbdist.train.run_folder import open_run_folder
-
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to run_dir"):
         open_run_folder(parse_config(models.run_settings(tmp_path / "file" / "run", llama_folder)))
+
+
+def test_storage_without_locks_is_used_with_a_warning(tmp_path, llama_folder, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    open_run_folder(parse_config(models.run_settings(tmp_path / "run", llama_folder)))
+    assert f"nobody is kept out of {tmp_path}/run, whose storage has no locks" in caplog.text
+    MetricsWriter(tmp_path / "run/metrics.jsonl").write("tokenizing")
+    assert "not running here" in describe_run(tmp_path / "run")
+
+
+def test_a_watcher_and_the_status_tell_what_went_on(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    with RunWatcher(tmp_path / "metrics.jsonl", console):
+        metrics.write("resumed", step=3, folder="step_3", changed={"cluster.workers": "2 -> 3"})
+        metrics.write("workers_lost", workers=[1], error="worker 1 was lost: its node died")
+        metrics.write("converted_layer", name="up_proj", done=5, layers=14)
+    shown = console.file.getvalue()
+    assert "  with cluster.workers: 2 -> 3\n" in shown and "WARNING: worker 1 was lost: its node died\n" in shown
+    status = describe_run(tmp_path)
+    assert "converting: 5 of 14 layers" in status and "worker 1 was lost: its node died" in status
 
 
 def test_the_command_line_app_has_every_verb():
