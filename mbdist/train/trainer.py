@@ -30,7 +30,7 @@ from mbdist.model.weights import WeightFiles, Weights
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
 from mbdist.optim.parameter_groups import mean_magnitudes
 from mbdist.plan import MemoryPlan, plan_memory, planned_model
-from mbdist.train.environment import compute_dtype, node_size
+from mbdist.train.environment import as_launched, compute_dtype
 from mbdist.train.evaluate import evaluate
 from mbdist.train.loss import LossTerms, hidden_loss, token_loss
 from mbdist.train.metrics import MetricsWriter
@@ -99,7 +99,7 @@ class Trainer:
         self.boolean = optimizer(
             dict(boolean_layers(student)),
             config.boolean,
-            config.comm.model_copy(update={"node_size": node_size(config.comm)}),
+            as_launched(config).comm,
             communicator,
             total_steps=config.train.steps,
             micro_batches=config.accumulation,
@@ -137,7 +137,7 @@ class Trainer:
             facts |= {f"{section}.{key}".removesuffix("."): repr(setting) for key, setting in settings}
         facts["the compute type (train.precision)"] = str(self.dtype)
         facts["the kind of device (cluster.device)"] = self.device.type
-        facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
+        facts["the number of workers on a machine (comm.node_size)"] = str(as_launched(self.config).comm.node_size)
         facts["the digest of the model's weights"] = files.digest()
         agree(self.communicator, facts)
 
@@ -170,7 +170,7 @@ class Trainer:
         )
 
     def _plan_memory(self) -> MemoryPlan:
-        config = self.config.changed({"comm.node_size": node_size(self.config.comm)})
+        config = as_launched(self.config)
         planned = planned_model(config, student_source(config))
         return plan_memory(planned, self.communicator.world_size, self.dtype, self.device.type)
 

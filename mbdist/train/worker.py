@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mbdist.checkpoint import Checkpoint
@@ -9,6 +10,7 @@ from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.errors import Interrupted
 from mbdist.train.environment import all_cores, set_up_worker
+from mbdist.train.memory_check import check_memory
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import prepare, wait_until_prepared
 from mbdist.train.run_folder import go_on_from, starting_checkpoint
@@ -32,6 +34,8 @@ def run_worker(config: RunConfig) -> None:
             raise Interrupted(0)
 
     communicator.activity.enter("preparing")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        check_memory(config, device, metrics.write)
     if communicator.rank == 0:
         check_installed(config)
         with all_cores():
