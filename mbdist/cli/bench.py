@@ -212,6 +212,36 @@ def start(
 
 
 @app.command()
+def convert(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config whose tokenizer and text are used.")] = "configs/comm.yaml",
+    shape: Annotated[str, typer.Option(help="Width of the LLaMA: 10m, 300m, 1b, 3b, 7b, 13b.")] = "7b",
+    layers: Annotated[int, typer.Option(min=1, help="Instead of the shape's.")] = 2,
+    planes: Annotated[int, typer.Option(min=1, max=8, help="K.")] = 2,
+    init: Annotated[str, typer.Option(help="svid, joint or calibrated.")] = "joint",
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the float model and what it becomes.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """Memory of a conversion above what the interpreter and its libraries hold, on a model of random weights.
+
+    Example: `mbdist bench convert --shape 7b --layers 4 --init svid --planes 1 --json convert.json`
+    """
+    from mbdist.bench.convert import bench_convert
+    from mbdist.bench.start import SHAPES
+    from mbdist.config import load_config
+    from mbdist.config.schema import ConvertConfig
+
+    check_folder(json_file)
+    if shape not in SHAPES:
+        raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
+    if init not in ("svid", "joint", "calibrated"):
+        raise UserError(f"--init {init}: there is svid, joint, calibrated")
+    loaded = load_config(config, overrides or [])
+    settings = loaded.convert.model_dump() | {"planes": planes, "bits": None, "init": init}
+    bench_convert(loaded, shape, layers, ConvertConfig.model_validate(settings), scratch, json_file)
+
+
+@app.command()
 def checkpoint(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help="Run config; its model is replaced by a small one of its kind.")] = (
