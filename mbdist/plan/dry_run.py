@@ -73,7 +73,7 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
 
     workers = config.cluster.most_workers
     communicator = _AgreeingCommunicator(config.comm.timeout_s)
-    place(student, _NoWeights(), config, torch.device("cpu"), communicator)
+    place(student, _NoWeights(), config, torch.device("cpu"))
     student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
     student.train()
     readout = Readout(student)
@@ -122,23 +122,31 @@ def _owned_words(boolean: BooleanOptimizer, workers: int) -> tuple[int, int]:
     return min(of_workers), max(of_workers)
 
 
-_GATHERED = "deepspeed_all_gather_into_tensor"  # planes and frozen floats alike
+_DEEPSPEEDS = {  # phases that are planned, by the operations of stage 3 that carry them
+    "deepspeed_all_gather_into_tensor": ("planes", "frozen floats"),
+    "deepspeed_reduce_scatter_tensor": ("float gradients",),
+}
 
 
 def beside_plan(found: dict, memory: MemoryPlan, model: TrainedModel, config: RunConfig) -> list[dict]:
     """What ``run_dry`` found beside what is planned for the same (null: nothing is), in bytes or words."""
     workers, stage = config.cluster.most_workers, config.cluster.zero_stage
     sent = step_bytes(model, workers, stage, config.comm)
-    sent[_GATHERED] = sum(sent.pop(phase, 0) for phase in ("planes", "frozen floats"))
-    words = sum(matrix.planes * matrix.plane_words for matrix in model.matrices)
+    if stage == 3:
+        sent |= {operation: sum(sent.get(phase, 0) for phase in phases) for operation, phases in _DEEPSPEEDS.items()}
+    words = sum(matrix.planes * -(-matrix.plane_words // workers) for matrix in model.matrices)
     planned = [
         ("kept between steps", found["kept"], memory.of_the_student),
         ("while starting", found["start_peak"], None),
         ("in the last block's backward", found["peak"], memory.student_in_backward),
         ("words that a worker owns, at least", found["owned_words"][0], None),
-        ("words that a worker owns, at most", found["owned_words"][1], -(-words // workers)),
+        ("words that a worker owns, at most", found["owned_words"][1], words),
     ]
     for phase, sizes in found["buckets"].items():
-        planned += [(f"buckets: {phase}", len(sizes), None), (f"largest bucket: {phase}", max(sizes), None)]
+        planned += [
+            (f"buckets: {phase}", len(sizes), None),
+            (f"smallest bucket: {phase}", min(sizes), None),
+            (f"largest bucket: {phase}", max(sizes), None),
+        ]
     planned += [(f"sent: {phase}", size, sent.get(phase)) for phase, size in found["sent"].items()]
     return [dict(zip(("what", "found", "planned"), row, strict=True)) for row in planned]

@@ -89,7 +89,7 @@ class Trainer:
         if saved is not None:
             changed = check_resumable(saved, config, preparation_key(config))
             weights = ResumedWeights(saved, files, dict(trained))
-        place(student, weights, config, device, communicator)
+        place(student, weights, config, device)
         if config.train.activation_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
         self.teacher = load_teacher(
