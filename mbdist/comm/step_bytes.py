@@ -95,7 +95,8 @@ def step_bytes(
     if stage < 3 or comm.resident_planes == "all":
         found["flips"] = others * min(4 * flipped_words, 2 * flip_rate * trained_weights) / model.turns
     gradient = {"fp32": 4, "bf16": 2}[comm.float_gradients] * model.floats
-    found["float gradients"] = (2 if stage < 3 else 1) * others * gradient
+    reductions = micro_batches if stage >= 2 else 1  # stages that keep only parts of gradients reduce each time
+    found["float gradients"] = (2 if stage < 3 else 1) * others * reductions * gradient
     found["floats"] = others * 4 * model.floats
     if stage == 3:
         if comm.resident_floats == "none":

@@ -44,7 +44,7 @@ def plan_command(
     dtype, device = compute_dtype(precision, torch.device("cpu")), "cuda" if hardware else "cpu"
     planned, memory = _fullest(config, on_a_machine, dtype, device)
     config, workers = planned.config, planned.config.cluster.most_workers
-    model = trained_model(planned)
+    model = trained_model(planned, dtype)
     console.print(
         f"{config.model.path}: {model.weights / 1e9:,.2f} G weights in {len(model.matrices)} matrices, "
         f"K = {max(matrix.planes for matrix in model.matrices)}, {workers} worker(s) on "
@@ -59,7 +59,7 @@ def plan_command(
 
         dry = run_dry(planned, workers, dtype)
         found["dry_run"] = beside_plan(dry, memory, model, config)
-        found["buckets"], found["dry_run_s"] = dry["buckets"], round(dry["seconds"])
+        found["dry_run_s"] = round(dry["seconds"])
         dry_run_table(console, found["dry_run"], dry["seconds"])
     if hardware is None:
         together = min(workers, on_a_machine)

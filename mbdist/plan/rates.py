@@ -23,7 +23,8 @@ class Rates(Protocol):
         gradients of the scales) with packed planes, or ``dense`` with a bf16 weight."""
 
     def flips(self, matrix: tuple[int, int], accumulator: str) -> float:
-        """Seconds to add one contribution to all accumulators of the matrix and to flip."""
+        """Seconds to add one contribution to all accumulators of the matrix and to flip; of another kind of accumulator
+        where this one was not measured."""
 
     def operations(self, count: float) -> float:
         """Seconds of so many floating-point operations in other products."""
@@ -82,7 +83,9 @@ class Measured:
         return 1e-6 * us * math.prod(matrix) * tokens / (math.prod(_shape(row)) * row["batch"])
 
     def flips(self, matrix: tuple[int, int], accumulator: str) -> float:
-        row = self._nearest(f"flip_update, {accumulator}", matrix, 1, 0)
+        ops = {row["op"] for row in self._rows if row["op"].startswith("flip_update")}
+        wanted = f"flip_update, {accumulator}"
+        row = self._nearest(wanted if wanted in ops or not ops else min(ops), matrix, 1, 0)
         return 1e-6 * row["us"] * math.prod(matrix) / math.prod(_shape(row))
 
     def operations(self, count: float) -> float:

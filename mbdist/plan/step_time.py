@@ -30,11 +30,11 @@ class StepPlan:
     communication_s: float  # if nothing of it overlapped with computing
 
 
-def trained_model(planned: PlannedModel) -> TrainedModel:
-    """What of the model crosses the wire."""
+def trained_model(planned: PlannedModel, dtype: torch.dtype) -> TrainedModel:
+    """What of the model crosses the wire; ``dtype``: of frozen floats."""
 
     def count(_memory) -> TrainedModel:
-        student = planned.student(torch.bfloat16)
+        student = planned.student(dtype)
         layers = [layer for _, layer in boolean_layers(student)]
         floats = [p for p in student.parameters() if p.is_floating_point()]
         scales = sum(layer.scale_out.numel() + layer.scale_in.numel() for layer in layers)

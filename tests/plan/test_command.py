@@ -19,6 +19,7 @@ from mbdist.plan.step_time import plan_step, trained_model
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPE = f"model.path={CONFIGS / 'shapes/llama2-70b'}"
 GIB = 2**30
+CPU_RATES = CONFIGS.parent / "docs/benchmarks/kernels_cpu.json"
 
 
 def plan_70b(capsys, *changes, gpu="h100-80g", nodes=2, name="llama2_70b_ray.yaml"):
@@ -114,7 +115,15 @@ def test_a_plan_for_cpus_says_whether_they_fit_here(capsys, llama_folder, tmp_pa
     run = {"run_dir": str(tmp_path), "model": {"path": str(llama_folder)}, "cluster": {"workers": 2, "device": "cpu"}}
     run |= {"data": {"train": {"type": "python_docs"}, "window": 32}, "train": {"micro_batch": 4}}
     monkeypatch.setattr(command, "host_memory", lambda: 4 * GIB)
-    assert plan_command(parse_config(run), "cpu", 1, "400gbit", dry_run=False)
+    file = tmp_path / "plan.json"
+    assert plan_command(parse_config(run), "cpu", 1, "400gbit", dry_run=True, rates_file=CPU_RATES, json_file=file)
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["workers"] == 2 and found["memory"]["in all"] > found["memory"]["teacher"] > 0
+    rows = {row["what"]: row for row in found["dry_run"]}
+    assert (
+        rows["sent: signal"]["found"] == rows["sent: signal"]["planned"] > 0 and rows["buckets: signal"]["found"] == 1
+    )
+    assert found["step"]["sent"]["signal"] == rows["sent: signal"]["planned"], "one micro-batch"
     assert "It fits: this machine has 4.0 GiB free, and 2 worker(s) take 1." in capsys.readouterr().out
     monkeypatch.setattr(command, "host_memory", lambda: 1 * GIB)
     assert not plan_command(parse_config(run), "cpu", 1, "400gbit", dry_run=False)
@@ -144,9 +153,6 @@ def test_a_teacher_counts_by_what_of_it_is_in_memory(llama_folder, tmp_path):
     assert teacher(teacher_placement="sharded") < 2 * teacher(), "a part, and what is gathered at a time"
 
 
-CPU_RATES = CONFIGS.parent / "docs/benchmarks/kernels_cpu.json"
-
-
 def rates_file(path, device="cpu", **us):
     """One row an operation, of a 64 x 64 matrix and 256 tokens."""
     shape = {"shape": "64x64", "planes": 2}
@@ -164,7 +170,7 @@ def test_seconds_come_from_measured_rows(capsys, small, tmp_path):
     file = rates_file(tmp_path / "rates.json", **rows, **{"flip_update, int8": 1000.0})
     config = load_config(str(CONFIGS / "llama2_70b_ray.yaml"), [*small, "cluster.device=cpu"])
     planned = planned_model(config)
-    step = plan_step(planned, trained_model(planned), 4, 2, Measured(file), 1e9, 1e9)
+    step = plan_step(planned, trained_model(planned, torch.bfloat16), 4, 2, Measured(file), 1e9, 1e9)
     weights, head = 12 * (1024 * (2 * 1024 + 2 * 256 + 3 * 2816)), 1024 * 32000
     attention = 12 * 1024 * 256  # multiplications a token and forward pass, half of all pairs; backward takes twice
     products = 100e-6 * (4 * weights + 0.5 * (3 * head + 4 * attention)) / 64**2 * (2 * 256) / 256
@@ -179,6 +185,13 @@ def test_the_nearest_row_is_taken():
     measured, of_row = Measured(CPU_RATES), 90561e-6 / (13824 * 5120 * 512)
     assert measured.product("forward", (11008, 4096), 2, 1024) == pytest.approx(of_row * 11008 * 4096 * 1024, rel=1e-3)
     assert measured.product("dense", (11008, 4096), 2, 1024) < measured.product("forward", (11008, 4096), 2, 1024)
+
+
+def test_flips_are_of_another_accumulator_where_theirs_were_not_measured(tmp_path):
+    both = {"flip_update, int8": 10.0, "flip_update, int4": 20.0}
+    measured = Measured(rates_file(tmp_path / "rates.json", **both))
+    found = [measured.flips((128, 64), accumulator) for accumulator in ("int8", "int4", "fp32")]
+    assert found == pytest.approx([20e-6, 40e-6, 40e-6])
 
 
 def test_rates_that_cannot_serve_are_refused(capsys, small, tmp_path):

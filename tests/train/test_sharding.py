@@ -57,13 +57,15 @@ def check_bytes_on_paper(steps, *run, **changes):
     which are returned. ``run`` and ``changes`` as for ``settings``, from the model on."""
     config = parse_config(settings(Path("unused/run"), *run, **changes))
     workers, turns = config.cluster.workers, config.boolean.turns
-    model = trained_model(planned_model(config))
+    model = trained_model(planned_model(config), torch.float32)
     planned = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation)
     sent = [step["bytes_sent"] for step in steps[-turns:]]
     for phase in ("signal", "signal_in_node"):
         assert sum(of_step.get(phase, 0) for of_step in sent) == turns * planned.get(phase, 0), phase
     for of_step in sent:
         assert of_step["statistics"] == pytest.approx(planned["statistics"], rel=0.02)
+        if config.cluster.zero_stage == 3:
+            assert of_step["deepspeed_reduce_scatter_tensor"] == pytest.approx(planned["float gradients"], rel=0.02)
     return planned
 
 
