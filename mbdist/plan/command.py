@@ -39,11 +39,12 @@ def plan_command(
     on_a_machine = most // nodes
     outside = link_rate(link)
     hardware = gpu_named(gpu) if gpu != "cpu" else None
-    rates, inside = _rates(gpu, hardware, rates_file)
     precision = "bf16" if hardware and config.train.precision == "auto" else config.train.precision
     dtype, device = compute_dtype(precision, torch.device("cpu")), "cuda" if hardware else "cpu"
     planned, memory = _fullest(config, on_a_machine, dtype, device)
     config, workers = planned.config, planned.config.cluster.most_workers
+    together = min(workers, on_a_machine)
+    rates, inside = _rates(gpu, hardware, rates_file, together)
     model = trained_model(planned, dtype)
     console.print(
         f"{config.model.path}: {model.weights / 1e9:,.2f} G weights in {len(model.matrices)} matrices, "
@@ -62,7 +63,6 @@ def plan_command(
         found["dry_run_s"] = round(dry["seconds"])
         dry_run_table(console, found["dry_run"], dry["seconds"])
     if hardware is None:
-        together = min(workers, on_a_machine)
         room = Room(host_memory(), together, INTERPRETER_BYTES)
         there = (
             f"this machine has {room.free_bytes / 2**30:,.1f} GiB free, and {together} worker(s) take "
@@ -89,11 +89,11 @@ def plan_command(
     return False
 
 
-def _rates(gpu: str, hardware: Gpu | None, file: Path | None) -> tuple[Rates | None, float]:
+def _rates(gpu: str, hardware: Gpu | None, file: Path | None, together: int) -> tuple[Rates | None, float]:
     """(of computing, bytes a second between workers of a machine)."""
     if file is None:
         return (DataSheet(gpu, hardware.bf16_flops), hardware.link_rate) if hardware else (None, 0.0)
-    measured = Measured(file)
+    measured = Measured(file, sharing=1 if hardware else together)
     if measured.device.startswith("cpu") != (hardware is None):
         raise UserError(f"--rates {file} is of {measured.device}, and the plan is for --gpu {gpu}")
     return measured, hardware.link_rate if hardware else measured.copy_rate

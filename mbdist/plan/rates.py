@@ -63,7 +63,8 @@ class Measured:
     """Rows of ``mbdist bench kernels --json``: of each operation the one whose shape, planes and tokens are nearest,
     scaled by its weights and tokens."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, sharing: int = 1):
+        """``sharing``: workers that have the measured device together, as they have the cores of a machine."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             self.device, self.copy_rate, self._rows = content["device"], 1e9 * content["copy_gb_s"], content["rows"]
@@ -71,7 +72,7 @@ class Measured:
             raise UserError(f"--rates {file}: cannot be read: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--rates {file} is not what mbdist bench kernels --json writes: {error!r}") from None
-        self._file = file
+        self._file, self._sharing = file, sharing
 
     @property
     def source(self) -> str:
@@ -80,13 +81,13 @@ class Measured:
     def product(self, kind: str, matrix: tuple[int, int], planes: int, tokens: int) -> float:
         row = self._nearest(_ROWS_OF[kind], matrix, planes, tokens)
         us = row["baseline_us"] if kind == "dense" else row["us"]
-        return 1e-6 * us * math.prod(matrix) * tokens / (math.prod(_shape(row)) * row["batch"])
+        return self._seconds(us) * math.prod(matrix) * tokens / (math.prod(_shape(row)) * row["batch"])
 
     def flips(self, matrix: tuple[int, int], accumulator: str) -> float:
         ops = {row["op"] for row in self._rows if row["op"].startswith("flip_update")}
         wanted = f"flip_update, {accumulator}"
         row = self._nearest(wanted if wanted in ops or not ops else min(ops), matrix, 1, 0)
-        return 1e-6 * row["us"] * math.prod(matrix) / math.prod(_shape(row))
+        return self._seconds(row["us"]) * math.prod(matrix) / math.prod(_shape(row))
 
     def operations(self, count: float) -> float:
         """At the rate of the measured dense product of most tokens and weights."""
@@ -94,7 +95,10 @@ class Measured:
         if not rows:
             raise self._lacks(_ROWS_OF["dense"])
         row = max(rows, key=lambda row: row["batch"] * math.prod(_shape(row)))
-        return count * 1e-6 * row["baseline_us"] / (2 * math.prod(_shape(row)) * row["batch"])
+        return count * self._seconds(row["baseline_us"]) / (2 * math.prod(_shape(row)) * row["batch"])
+
+    def _seconds(self, us: float) -> float:
+        return 1e-6 * us * self._sharing
 
     def _nearest(self, op: str, matrix: tuple[int, int], planes: int, tokens: int) -> dict:
         wanted = (*matrix, planes, max(1, tokens))

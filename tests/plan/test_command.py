@@ -165,16 +165,17 @@ def rates_file(path, device="cpu", **us):
 
 
 def test_seconds_come_from_measured_rows(capsys, small, tmp_path):
-    """100 us a product of 64 x 64 with 256 tokens, the dense one 50; the head and attention count as dense."""
+    """100 us a product of 64 x 64 with 256 tokens, the dense one 50; the head and attention count as dense. Two
+    workers share a machine's cores."""
     rows = {name: 100.0 for name in ("linear, forward", "linear, dX", "linear, dW to signs and scales")}
     file = rates_file(tmp_path / "rates.json", **rows, **{"flip_update, int8": 1000.0})
     config = load_config(str(CONFIGS / "llama2_70b_ray.yaml"), [*small, "cluster.device=cpu"])
     planned = planned_model(config)
-    step = plan_step(planned, trained_model(planned, torch.bfloat16), 4, 2, Measured(file), 1e9, 1e9)
+    step = plan_step(planned, trained_model(planned, torch.bfloat16), 4, 2, Measured(file, sharing=2), 1e9, 1e9)
     weights, head = 12 * (1024 * (2 * 1024 + 2 * 256 + 3 * 2816)), 1024 * 32000
     attention = 12 * 1024 * 256  # multiplications a token and forward pass, half of all pairs; backward takes twice
     products = 100e-6 * (4 * weights + 0.5 * (3 * head + 4 * attention)) / 64**2 * (2 * 256) / 256
-    assert step.compute_s == pytest.approx(8 * (products + 1000e-6 * weights / 64**2), rel=1e-3)
+    assert step.compute_s == pytest.approx(2 * 8 * (products + 1000e-6 * weights / 64**2), rel=1e-3)
     plan_command(config, "cpu", 2, "10gbit", dry_run=False, rates_file=file)
     printed = capsys.readouterr().out
     assert f"{step.compute_s:.3g} s of computing" in printed and "rates.json, measured on cpu" in printed
