@@ -27,7 +27,7 @@ from mbdist.bench.quality_rows import (
     measure_run,
     measure_straight_through,
 )
-from mbdist.config import RunConfig, load_config
+from mbdist.config import RunConfig, load_config, with_changes
 
 _FORMAT = 1  # of a row; part of its key
 _PAPER = Path(__file__).parents[2] / "configs" / "paper.yaml"
@@ -240,7 +240,7 @@ def _name_references(rows: list[dict]) -> None:
 
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:
     """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
-    changed = config.changed(changes)
+    changed = with_changes(config, changes)
     start = _digest([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
     return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})
 

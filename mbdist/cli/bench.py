@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mbdist.cli.options import Overrides
+from mbdist.cli.options import Overrides, check_folder
 from mbdist.errors import UserError
 
 app = typer.Typer(
@@ -17,12 +17,6 @@ app = typer.Typer(
 @app.callback()
 def _group() -> None:
     """Measure; every result is a ratio against a named baseline of the same run."""
-
-
-def _check_folder(json_file: Path | None) -> None:
-    """Before anything is measured."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
 
 
 @app.command()
@@ -41,7 +35,7 @@ def train(
     from mbdist.bench.train import bench_train
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     bench_train(load_config(config, overrides or []), steps, json_file)
 
 
@@ -72,7 +66,7 @@ def quality(
     unknown = [name for name in group or [] if name not in GROUPS]
     if unknown:
         raise UserError(f"--group {unknown[0]}: there is {', '.join(GROUPS)}")
-    _check_folder(json_file)
+    check_folder(json_file)
     rows = bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
     write_report(rows, json_file)
 
@@ -100,7 +94,7 @@ def comm(
     from mbdist.comm.codecs import CODECS
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     for name in codec or []:
         if name not in CODECS:
             raise UserError(f"--codec {name}: there is {', '.join(CODECS)}")
@@ -145,7 +139,7 @@ def codecs(
     from mbdist.bench.codecs import bench_codecs
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     bench_codecs(load_config(config, overrides or []), json_file)
 
 
@@ -164,7 +158,7 @@ def teachers(
     from mbdist.bench.teachers import bench_teachers
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     bench_teachers(load_config(config, overrides or []), top_k or [8, 32, 128], ranks, json_file)
 
 
@@ -186,7 +180,7 @@ def faults(
     from mbdist.bench.faults import bench_faults
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     bench_faults(load_config(config, overrides or []), kills, seed, json_file)
 
 
@@ -211,10 +205,40 @@ def start(
     from mbdist.bench.start import SHAPES, bench_start
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     if shape not in SHAPES:
         raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
     bench_start(load_config(config, overrides or []), shape, planes, ranks, steps, dense, scratch, json_file)
+
+
+@app.command()
+def convert(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config whose tokenizer and text are used.")] = "configs/comm.yaml",
+    shape: Annotated[str, typer.Option(help="Width of the LLaMA: 10m, 300m, 1b, 3b, 7b, 13b.")] = "7b",
+    layers: Annotated[int, typer.Option(min=1, help="Instead of the shape's.")] = 2,
+    planes: Annotated[int, typer.Option(min=1, max=8, help="K.")] = 2,
+    init: Annotated[str, typer.Option(help="svid, joint or calibrated.")] = "joint",
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the float model and what it becomes.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """Memory of a conversion above what the interpreter and its libraries hold, on a model of random weights.
+
+    Example: `mbdist bench convert --shape 7b --layers 4 --init svid --planes 1 --json convert.json`
+    """
+    from mbdist.bench.convert import bench_convert
+    from mbdist.bench.start import SHAPES
+    from mbdist.config import load_config
+    from mbdist.config.schema import ConvertConfig
+
+    check_folder(json_file)
+    if shape not in SHAPES:
+        raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
+    if init not in ("svid", "joint", "calibrated"):
+        raise UserError(f"--init {init}: there is svid, joint, calibrated")
+    loaded = load_config(config, overrides or [])
+    settings = loaded.convert.model_dump() | {"planes": planes, "bits": None, "init": init}
+    bench_convert(loaded, shape, layers, ConvertConfig.model_validate(settings), scratch, json_file)
 
 
 @app.command()
@@ -232,7 +256,7 @@ def checkpoint(
     from mbdist.bench.checkpoint import bench_checkpoint
     from mbdist.config import load_config
 
-    _check_folder(json_file)
+    check_folder(json_file)
     bench_checkpoint(load_config(config, overrides or []), json_file)
 
 
@@ -262,7 +286,7 @@ def kernels(
 
     from mbdist.bench.kernels import SHAPES, bench_kernels
 
-    _check_folder(json_file)
+    check_folder(json_file)
     sizes = []
     on_gpu = torch.cuda.is_available()
     for name in shape or (["13b", "70b"] if on_gpu else ["13b"]):

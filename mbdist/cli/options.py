@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mbdist.errors import UserError
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN.YAML", help="Config of the run.")]
 Overrides = Annotated[
@@ -15,3 +18,9 @@ GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file inside
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+
+
+def check_folder(json_file: Path | None) -> None:
+    """Before anything is measured. Raises UserError where ``--json`` names a file in no folder."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mbdist.cli.options import Overrides, RunFile
+from mbdist.cli.options import Overrides, RunFile, check_folder
 
 
 def plan(
@@ -16,6 +17,10 @@ def plan(
         int | None, typer.Option(min=1, help="Workers a machine. Default: cluster.workers shared evenly.")
     ] = None,
     link: Annotated[str, typer.Option(help="Rate of a machine's link to the others, as 400gbit.")] = "100gbit",
+    rates: Annotated[
+        Path | None, typer.Option(help="JSON of `mbdist bench kernels` on such a GPU (or CPU). Default: data sheets.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here too.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Also start the run's real code, with workers and tensors that are fake.")
     ] = False,
@@ -30,7 +35,8 @@ def plan(
     from mbdist.config import load_config
     from mbdist.plan.command import plan_command
 
+    check_folder(json_file)
     workers = nodes * gpus_per_node if gpus_per_node is not None else None
     changes = [*(overrides or []), *([f"cluster.workers={workers}"] if workers is not None else [])]
-    if not plan_command(load_config(run, changes), gpu, nodes, link, dry_run):
+    if not plan_command(load_config(run, changes), gpu, nodes, link, dry_run, rates, json_file):
         raise typer.Exit(1)

@@ -63,6 +63,10 @@ class ClusterConfig(Section):
     cpus_per_worker: PositiveInt | None = None
     """Cores a worker may use. Default: on one machine its cores shared evenly, on a cluster one."""
 
+    check_memory: bool = True
+    """Stop before the work starts where `mbdist plan` says that the workers need more memory than there is. false: say
+    so and go on."""
+
     @property
     def fewest_workers(self) -> int:
         return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers

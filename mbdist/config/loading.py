@@ -53,6 +53,18 @@ def parse_config(settings: dict, origin: str = "config") -> RunConfig:
         raise ConfigError(f"{origin}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
+def with_changes(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
+    """The config with ``{"section.key": value}`` applied. Raises ConfigError where that makes no run."""
+    values = config.model_dump(exclude_unset=True)
+    for dotted, value in changes.items():
+        *sections, key = dotted.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = value
+    return parse_config(values, origin=" ".join(f"{key}={value}" for key, value in changes.items()))
+
+
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config, every default spelled out."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -355,17 +355,6 @@ class RunConfig(_Section):
         """The config of a run that has so many workers now."""
         return self.model_copy(update={"cluster": self.cluster.model_copy(update={"workers": workers})})
 
-    def changed(self, changes: dict[str, object]) -> RunConfig:
-        """The config with ``{"section.key": value}`` applied, validated."""
-        values = self.model_dump(exclude_unset=True)
-        for dotted, value in changes.items():
-            *sections, key = dotted.split(".")
-            target = values
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[key] = value
-        return RunConfig.model_validate(values)
-
     @property
     def offloads(self) -> list[str]:
         """Settings that keep something in host memory, those that are on."""

@@ -4,7 +4,6 @@ forward pass comes to them."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import deepspeed
 import torch
@@ -12,7 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from mbdist.config.schema import ModelConfig
 from mbdist.engine.deepspeed_config import largest_block
+from mbdist.engine.placement import place_partitioned
+from mbdist.model.layers import is_scale
+from mbdist.model.loading import empty_model, is_multi_boolean, load_model
+from mbdist.model.weights import WeightFiles
 
 _SMALL_ROWS = 4  # times the hidden size: norms and biases of fewer elements stay whole, gathering them costs more
 
@@ -20,16 +24,12 @@ _SMALL_ROWS = 4  # times the hidden size: norms and biases of fewer elements sta
 class PartitionedModel:
     """Under DeepSpeed without an optimizer. All ranks call its methods together."""
 
-    def __init__(self, load: Callable[[], PreTrainedModel], dtype: torch.dtype):
-        """``load`` makes the model. A float one materialises partitioned: rank 0 alone reads its weights, a layer at a
-        time. A packed one is loaded whole by every rank first."""
+    def __init__(self, source: ModelConfig, dtype: torch.dtype, device: torch.device):
+        """It materialises partitioned. Of a float model rank 0 alone reads the weights, a layer at a time; of a packed
+        one every rank reads its own ranges. Raises UserError where it cannot be loaded."""
         settings = _settings(dtype)
-        loading = HfDeepSpeedConfig(settings)  # transformers looks for the one that is alive
-        try:
-            model = load()
-        finally:
-            unset_hf_deepspeed_config()
-            del loading
+        packed = is_multi_boolean(source)
+        model = _packed(source, settings, dtype, device) if packed else _float(source, settings, dtype)
         settings["bf16"] = {"enabled": False}  # what was loaded stays as it is: scales of a packed model are fp32
         zero = settings["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = _SMALL_ROWS * model.config.get_text_config().hidden_size
@@ -50,6 +50,26 @@ class PartitionedModel:
     def gathered(self, module: nn.Module) -> contextlib.AbstractContextManager:
         """While it is open, the parameters of one module are whole on every rank."""
         return deepspeed.zero.GatheredParameters(list(module.parameters()))
+
+
+def _float(source: ModelConfig, settings: dict, dtype: torch.dtype) -> PreTrainedModel:
+    loading = HfDeepSpeedConfig(settings)  # transformers looks for the one that is alive
+    try:
+        return load_model(source, dtype)
+    finally:
+        unset_hf_deepspeed_config()
+        del loading
+
+
+def _packed(source: ModelConfig, settings: dict, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Floats in ``dtype``, but for the scales, which stay fp32."""
+    model = empty_model(source)
+    weights = WeightFiles(source, model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not is_scale(name):
+            parameter.data = parameter.data.to(dtype)
+    place_partitioned(model, weights, settings, device)
+    return model
 
 
 def _settings(dtype: torch.dtype) -> dict:

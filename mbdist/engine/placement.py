@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mbdist.comm.communicator import Communicator
+from mbdist.comm.activity import Activity
 from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
@@ -29,28 +30,46 @@ def place(
     weights: Weights,
     config: RunConfig,
     device: torch.device,
-    communicator: Communicator,
+    activity: Activity | None = None,  # is told of every parameter
 ) -> None:
     """Give every parameter and buffer of the student its memory and content."""
-    saved = student.state_dict().keys()
-    partitioned = config.cluster.zero_stage == 3
-    if partitioned:
+    if config.cluster.zero_stage == 3:
         keep_resident(student, resident_parameters(student, config))
         settings = deepspeed_config(config, largest_block(student.named_parameters()))
-        deepspeed.init_distributed()  # takes over the group that is there
-        zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+        place_partitioned(student, weights, settings, device, activity)
+    else:
+        _place(student, weights, device, None, activity)
+
+
+def place_partitioned(
+    model: nn.Module, weights: Weights, settings: dict, device: torch.device, activity: Activity | None = None
+) -> None:
+    """The same of any model under stage 3: parameters partitioned, buffers whole. ``settings``: DeepSpeed's."""
+    deepspeed.init_distributed()  # takes over the group that is there
+    zero = deepspeed.zero.Init(nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+    _place(model, weights, device, zero, activity)
+
+
+def _place(
+    model: nn.Module,
+    weights: Weights,
+    device: torch.device,
+    zero: deepspeed.zero.Init | None,  # partitions, where it is given
+    activity: Activity | None,
+) -> None:
+    saved = model.state_dict().keys()
 
     def parameter(name: str, empty: torch.Tensor) -> nn.Parameter:
-        communicator.activity.enter(f"placing {name}")
+        if activity is not None:
+            activity.enter(f"placing {name}")
         made = nn.Parameter(torch.empty_like(empty, device=device), empty.requires_grad)
-        if not partitioned:
+        if zero is None:
             weights.fill(name, 0, made.data.view(-1))
         else:
-            part = WordPartition(made.numel(), communicator.world_size)  # DeepSpeed's cut, of elements
+            part, rank = WordPartition(made.numel(), dist.get_world_size()), dist.get_rank()  # DeepSpeed's cut
             zero._convert_to_deepspeed_param(made)
             made.partition()
-            first, count = part.first_word(communicator.rank), part.words_owned(communicator.rank)
-            weights.fill(name, first, made.ds_tensor[:count])
+            weights.fill(name, part.first_word(rank), made.ds_tensor[: part.words_owned(rank)])
         return made
 
     def buffer(name: str, current: torch.Tensor) -> torch.Tensor:
@@ -61,8 +80,8 @@ def place(
         return values
 
     with giving_back_at_once():
-        _remake(student, "_parameters", parameter)
-        _remake(student, "_buffers", buffer)
+        _remake(model, "_parameters", parameter)
+        _remake(model, "_buffers", buffer)
 
 
 def _remake(model: nn.Module, kind: str, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:

@@ -104,10 +104,7 @@ def empty_model(source: ModelConfig) -> PreTrainedModel:
 
     Raises UserError where the architecture is no causal LM of transformers'.
     """
-    config = load_model_config(source)
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{source.path} holds a {config.model_type} model, which is not a causal language model")
+    config = load_causal_config(source)
     with clear_errors(source):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -137,6 +134,15 @@ def load_model_config(source: ModelConfig) -> PreTrainedConfig:
     """The model's own config, without its weights."""
     with clear_errors(source):
         return AutoConfig.from_pretrained(**_arguments(source))
+
+
+def load_causal_config(source: ModelConfig) -> PreTrainedConfig:
+    """The same of a causal LM. Raises UserError where the architecture is none of transformers'."""
+    config = load_model_config(source)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{source.path} holds a {config.model_type} model, which is not a causal language model")
+    return config
 
 
 def check_window(window: int, config: PreTrainedConfig, setting: str) -> None:

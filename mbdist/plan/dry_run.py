@@ -12,31 +12,41 @@ import time
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from rich.console import Console
-from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from mbdist.bench.process import in_own_process
 from mbdist.comm.communicator import Communicator
-from mbdist.config.schema import RunConfig
+from mbdist.comm.step_bytes import TrainedModel, step_bytes
+from mbdist.config import RunConfig, with_changes
+from mbdist.optim import BooleanOptimizer
 from mbdist.plan.fake import LiveMemory, with_fake_tensors
 from mbdist.plan.memory import MemoryPlan
 from mbdist.plan.model import PlannedModel, planned_model
 
 
 class _AgreeingCommunicator(Communicator):
-    """Its collectives go to the fake process group. Objects cannot: their sizes would have to be read."""
+    """Its collectives go to the fake process group, and buckets of signals are noted. Objects cannot go: their sizes
+    would have to be read."""
+
+    def __init__(self, timeout_s: float):
+        super().__init__(timeout_s)
+        self.buckets: dict[str, list[int]] = {}  # bytes of each, by phase
+
+    def all_to_all(self, send, receive, phase):
+        self.buckets.setdefault(phase, []).append(send.nbytes)
+        return super().all_to_all(send, receive, phase)
 
     def all_gather_objects(self, value, phase):
         return [value] * self.world_size
 
 
-def dry_run(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
-    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``, and ``sent`` for
-    one micro-batch by phase (DeepSpeed's by operation); ``seconds`` that the dry run took."""
+def run_dry(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
+    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``; of one micro-batch
+    ``sent`` by phase (DeepSpeed's by operation) and ``buckets`` of signals, each one's size, by phase. ``owned_words``
+    of the planes: of the worker that owns fewest and of the one that owns most. ``seconds`` that the dry run took."""
     here = {"cluster.device": "cpu", "boolean.offload_accumulators": False, "train.offload_activations": False}
-    config = planned.config.at_size(workers).changed(here)
+    config = with_changes(planned.config.at_size(workers), here)
     return in_own_process(_dry_run, config, str(dtype).removeprefix("torch."))
 
 
@@ -59,12 +69,11 @@ class _NoWeights:
 def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype, memory: LiveMemory) -> dict:
     from mbdist.engine import Engine, place
     from mbdist.model.layers import boolean_layers
-    from mbdist.optim import BooleanOptimizer
     from mbdist.train.readout import Readout
 
     workers = config.cluster.most_workers
     communicator = _AgreeingCommunicator(config.comm.timeout_s)
-    place(student, _NoWeights(), config, torch.device("cpu"), communicator)
+    place(student, _NoWeights(), config, torch.device("cpu"))
     student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
     student.train()
     readout = Readout(student)
@@ -98,18 +107,39 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
         "start_peak": start_peak,
         "peak": memory.peak_bytes + moments,
         "sent": dict(communicator.bytes_sent),
+        "buckets": communicator.buckets,
+        "owned_words": _owned_words(boolean, workers),
     }
 
 
-def show_dry_run(console: Console, planned: PlannedModel, workers: int, dtype: torch.dtype, plan: MemoryPlan) -> None:
-    """Run it and print it beside the plan."""
-    found = dry_run(planned, workers, dtype)
-    table = Table(f"dry run, {found['seconds']:.0f} s", "GiB", "planned")
-    table.add_row("kept between steps", f"{found['kept'] / 2**30:,.2f}", f"{plan.of_the_student / 2**30:,.2f}")
-    table.add_row("while starting", f"{found['start_peak'] / 2**30:,.2f}", "")
-    table.add_row(
-        "in the last block's backward", f"{found['peak'] / 2**30:,.2f}", f"{plan.student_in_backward / 2**30:,.2f}"
-    )
-    for phase, size in found["sent"].items():
-        table.add_row(f"sent: {phase.replace('_', ' ')}", f"{size / 2**30:,.3f}", "")
-    console.print(table)
+def _owned_words(boolean: BooleanOptimizer, workers: int) -> tuple[int, int]:
+    """(fewest, most) of a worker, planes of all layers together."""
+    planes = [layer.num_planes for layer in boolean.layers.values()]
+    of_workers = [
+        sum(k * partition.words_owned(rank) for k, partition in zip(planes, boolean.partitions, strict=True))
+        for rank in range(workers)
+    ]
+    return min(of_workers), max(of_workers)
+
+
+def beside_plan(found: dict, memory: MemoryPlan, model: TrainedModel, config: RunConfig) -> list[dict]:
+    """What ``run_dry`` found beside what is planned for the same (null: nothing is), in bytes or words."""
+    workers = config.cluster.most_workers
+    sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm)
+    sent["floats"] = sent.pop("frozen floats", 0)  # trained ones are gathered after the step
+    words = sum(matrix.planes * -(-matrix.plane_words // workers) for matrix in model.matrices)
+    planned = [
+        ("kept between steps", found["kept"], memory.of_the_student),
+        ("while starting", found["start_peak"], None),
+        ("in the last block's backward", found["peak"], memory.student_in_backward),
+        ("words that a worker owns, at least", found["owned_words"][0], None),
+        ("words that a worker owns, at most", found["owned_words"][1], words),
+    ]
+    for phase, sizes in found["buckets"].items():
+        planned += [
+            (f"buckets: {phase}", len(sizes), None),
+            (f"smallest bucket: {phase}", min(sizes), None),
+            (f"largest bucket: {phase}", max(sizes), None),
+        ]
+    planned += [(f"sent: {phase}", size, sent.get(phase)) for phase, size in found["sent"].items()]
+    return [dict(zip(("what", "found", "planned"), row, strict=True)) for row in planned]

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 from mbdist.errors import UserError
 
-_REACHED = 0.6  # of the data sheet's rate, by the products of a training step: a guess until it is measured
-
 
 @dataclass(frozen=True)
 class Gpu:
     memory_bytes: int
     bf16_flops: float  # dense, a second
-    memory_rate: float  # bytes a second
     link_rate: float  # bytes a second and direction, to the others of its machine
 
     @property
@@ -22,19 +19,15 @@ class Gpu:
         """What is left beside the CUDA context, NCCL and fragments."""
         return int(0.94 * self.memory_bytes)
 
-    @property
-    def reached_flops(self) -> float:
-        return _REACHED * self.bf16_flops
-
 
 GPUS = {
-    "rtx4090-24g": Gpu(24 << 30, 165e12, 1.0e12, 25e9),
-    "l40s-48g": Gpu(48 << 30, 362e12, 0.86e12, 25e9),
-    "a100-40g": Gpu(40 << 30, 312e12, 1.55e12, 300e9),
-    "a100-80g": Gpu(80 << 30, 312e12, 2.0e12, 300e9),
-    "h100-80g": Gpu(80 << 30, 989e12, 3.35e12, 450e9),
-    "h200-141g": Gpu(141 * 10**9, 989e12, 4.8e12, 450e9),
-    "b200-192g": Gpu(192 * 10**9, 2250e12, 8.0e12, 900e9),
+    "rtx4090-24g": Gpu(24 << 30, 165e12, 25e9),
+    "l40s-48g": Gpu(48 << 30, 362e12, 25e9),
+    "a100-40g": Gpu(40 << 30, 312e12, 300e9),
+    "a100-80g": Gpu(80 << 30, 312e12, 300e9),
+    "h100-80g": Gpu(80 << 30, 989e12, 450e9),
+    "h200-141g": Gpu(141 * 10**9, 989e12, 450e9),
+    "b200-192g": Gpu(192 * 10**9, 2250e12, 900e9),
 }
 
 

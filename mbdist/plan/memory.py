@@ -39,6 +39,7 @@ class MemoryPlan:
     activations: int  # that wait for backward when forward ends
     loss: dict[str, int]  # besides, while the loss is computed
     backward: dict[str, int]  # besides, in the last block's backward
+    mapped: int = 0  # of what is kept: files' pages, of which a machine has one for all of its workers
 
     @property
     def total(self) -> int:
@@ -93,6 +94,7 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, 
             "gathered": block,
             "communication": _communication_bytes(boolean, config.comm, workers),
         },
+        mapped=kept["teacher"] if device == "cpu" and config.loss.teacher_placement == "resident" else 0,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.model.layers import convertible_layers, put_empty_layers
-from mbdist.model.loading import check_window, load_model_config
+from mbdist.model.loading import check_window, load_causal_config
 from mbdist.model.quantizer import QUANT_METHOD
 from mbdist.train.prepare import teacher_source
 from mbdist.train.trained_floats import choose_trained_floats
@@ -24,6 +24,10 @@ class PlannedModel:
     architecture: PreTrainedConfig
     planes: dict[str, int]  # by layer, of a model that is multi-Boolean already
     teacher: PreTrainedConfig | None
+
+    def with_config(self, config: RunConfig) -> PlannedModel:
+        """The same models under other settings; no teacher where they keep none in memory."""
+        return replace(self, config=config, teacher=self.teacher if config.loss.teacher == "float" else None)
 
     def student(self, dtype: torch.dtype) -> PreTrainedModel:
         """Multi-Boolean, with what trains requiring gradients, frozen floats in ``dtype``."""
@@ -47,10 +51,10 @@ class PlannedModel:
 def planned_model(config: RunConfig, student: ModelConfig | None = None) -> PlannedModel:
     """Reads the config files of the models, nothing else; ``student``: of the multi-Boolean model, once it is there.
     Raises UserError where they cannot be had."""
-    architecture = load_model_config(student or config.model)
+    architecture = load_causal_config(student or config.model)
     check_window(config.data.window, architecture, "data.window")
     source = teacher_source(config) if config.loss.teacher == "float" else None
-    teacher = load_model_config(source) if source is not None else None
+    teacher = load_causal_config(source) if source is not None else None
     return PlannedModel(config, architecture, _planes_of(architecture), teacher)
 
 

@@ -1,7 +1,8 @@
-"""Seconds of a step on paper: products at the rate that a GPU reaches, bytes at the rate of the links."""
+"""Seconds of a step on paper: operations at measured rates or at a data sheet's, bytes at the rate of the links."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,8 @@ from mbdist.model.layers import boolean_layers
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.boolean import plane_sets, trained_planes
 from mbdist.plan.fake import with_fake_tensors
-from mbdist.plan.hardware import Gpu
 from mbdist.plan.model import PlannedModel
+from mbdist.plan.rates import Rates
 
 _FLIP_RATE = 1e-4  # flips a weight and step, at the most, in runs that were measured
 _PAIRWISE = ("signal", "signal_in_node")  # every worker to every other one; all else goes round in rings
@@ -65,41 +66,58 @@ def plan_step(
     model: TrainedModel,  # of ``planned``
     workers: int,
     workers_a_machine: int,
-    gpu: Gpu,
-    link_rate: float,  # bytes a second between a machine and the others
+    rates: Rates,
+    inside: float,  # bytes a second between workers of a machine
+    outside: float,  # between a machine and the others
 ) -> StepPlan:
-    """Of a run on so many workers, one a GPU."""
+    """Of a run on so many workers."""
     config = planned.config.at_size(workers)
     sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm, config.accumulation, _FLIP_RATE)
     return StepPlan(
         config.tokens_per_step,
         sent,
-        _flops(planned, model, config) / workers / gpu.reached_flops,
+        config.accumulation * _micro_batch_s(planned, model, config, rates) + _flips_s(model, config, rates),
         sum(
-            _seconds(phase, size, workers, workers_a_machine, bool(config.comm.summing_nodes(workers)), gpu, link_rate)
+            _seconds(phase, size, workers, workers_a_machine, bool(config.comm.summing_nodes(workers)), inside, outside)
             for phase, size in sent.items()
         ),
     )
 
 
-def _flops(planned: PlannedModel, model: TrainedModel, config: RunConfig) -> float:
-    """Of a global batch: products with the matrices and the head, attention between half of all pairs of tokens."""
+def _micro_batch_s(planned: PlannedModel, model: TrainedModel, config: RunConfig, rates: Rates) -> float:
+    """A worker's forward and backward passes: products with the matrices and the head, attention between half of all
+    pairs of tokens. A live teacher is taken for a float model of the student's shapes."""
     text = planned.architecture.get_text_config(decoder=True)
-    head = text.hidden_size * text.vocab_size
-    attention = 2 * text.num_hidden_layers * text.hidden_size * config.data.window
-    forward = 2 * (model.weights + head) + attention
-    passes = 3 + config.train.activation_checkpointing + (planned.teacher is not None)
-    return passes * forward * config.tokens_per_step
+    tokens = config.train.micro_batch * config.data.window
+    forwards, teacher = 1 + config.train.activation_checkpointing, planned.teacher is not None
+    products: Counter[tuple[str, tuple[int, int], int]] = Counter()
+    for matrix in model.matrices:
+        shape = matrix.rows, matrix.columns
+        for kind, times in (("forward", forwards), ("dX", 1), ("dW", 1), ("dense", teacher)):
+            products[kind, shape, matrix.planes] += times
+    products["dense", (text.vocab_size, text.hidden_size), 1] += 3 + teacher
+    attention = 2 * text.num_hidden_layers * text.hidden_size * config.data.window * tokens
+    computed = sum(times * rates.product(*product, tokens) for product, times in products.items())
+    return computed + rates.operations((2 + forwards + teacher) * attention)
+
+
+def _flips_s(model: TrainedModel, config: RunConfig, rates: Rates) -> float:
+    """A worker adds the contributions of all workers, or machines, to its part of the accumulators."""
+    workers = config.cluster.most_workers
+    contributions = config.accumulation / (config.comm.summing_nodes(workers) or 1)  # to all of a matrix
+    matrices = Counter((matrix.rows, matrix.columns) for matrix in model.matrices for _ in range(matrix.signals))
+    updates = sum(count * rates.flips(shape, config.boolean.accumulator) for shape, count in matrices.items())
+    return contributions * updates / model.turns
 
 
 def _seconds(
-    phase: str, size: int, workers: int, workers_a_machine: int, summed: bool, gpu: Gpu, link_rate: float
+    phase: str, size: int, workers: int, workers_a_machine: int, summed: bool, inside: float, outside: float
 ) -> float:
     """``size``: bytes that each worker sends. Between machines a ring crosses a link once; of pairwise messages those
     of all workers of a machine share it, and all of them leave it where they are ``summed`` inside before."""
     if workers <= workers_a_machine or phase == "signal_in_node":
-        return size / gpu.link_rate
+        return size / inside
     if phase not in _PAIRWISE:
-        return size / min(link_rate, gpu.link_rate)
+        return size / min(outside, inside)
     leaving = size if summed else size * (workers - workers_a_machine) / (workers - 1)
-    return max(leaving * workers_a_machine / link_rate, size / gpu.link_rate)
+    return max(leaving * workers_a_machine / outside, size / inside)

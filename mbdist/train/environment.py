@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mbdist.config import RunConfig, with_changes
 from mbdist.config.cluster import ClusterConfig
-from mbdist.config.schema import CommConfig, RunConfig
 from mbdist.errors import ConfigError, UserError
 
 
@@ -34,9 +34,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def node_size(config: CommConfig) -> int | None:
-    """``config.node_size``, as the launcher has it for ``auto``."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.node_size == "auto" else config.node_size
+def as_launched(config: RunConfig) -> RunConfig:
+    """The config with ``comm.node_size: auto`` as the launcher has it."""
+    if config.comm.node_size != "auto":
+        return config
+    return with_changes(config, {"comm.node_size": int(os.environ.get("LOCAL_WORLD_SIZE", 1))})
 
 
 def pin_accelerator(config: RunConfig) -> None:

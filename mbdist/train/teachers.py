@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import datasets
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from mbdist.config.schema import ModelConfig, RunConfig
 from mbdist.data import Batch
@@ -125,13 +124,9 @@ def load_teacher(
 
 def live_teacher(source: ModelConfig, placement: str, device: torch.device, dtype: torch.dtype) -> LiveTeacher:
     """``source`` in memory, ``resident`` or ``sharded``."""
-
-    def load() -> PreTrainedModel:
-        return load_model(source, dtype)
-
     if placement == "resident":
-        return LiveTeacher(load().to(device).requires_grad_(False), device, dtype)
+        return LiveTeacher(load_model(source, dtype).to(device).requires_grad_(False), device, dtype)
     from mbdist.engine.frozen import PartitionedModel
 
-    model = PartitionedModel(load, dtype)
+    model = PartitionedModel(source, dtype, device)
     return LiveTeacher(model.module, device, dtype, model.forward, model.gathered, "sharded by ZeRO-3")

@@ -28,7 +28,7 @@ from mbdist.model.weights import WeightFiles, Weights
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
 from mbdist.optim.parameter_groups import mean_magnitudes
 from mbdist.plan import MemoryPlan, plan_memory, planned_model
-from mbdist.train.environment import compute_dtype, node_size
+from mbdist.train.environment import as_launched, compute_dtype
 from mbdist.train.evaluate import evaluate
 from mbdist.train.leaving_nodes import LeavingNodes
 from mbdist.train.loss import LossTerms, hidden_loss, token_loss
@@ -95,7 +95,7 @@ class Trainer:
             changed = changed_settings(saved.folder, saved.state, config)
             check_inputs(saved.folder, saved.state, self._inputs)
             weights = ResumedWeights(saved, files, dict(trained))
-        place(student, weights, config, device, communicator)
+        place(student, weights, config, device, communicator.activity)
         if config.train.activation_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
         communicator.activity.enter("loading the teacher")
@@ -107,7 +107,7 @@ class Trainer:
         self.boolean = optimizer(
             dict(boolean_layers(student)),
             config.boolean,
-            config.comm.model_copy(update={"node_size": node_size(config.comm)}),
+            as_launched(config).comm,
             communicator,
             total_steps=config.train.steps,
             micro_batches=config.accumulation,
@@ -138,7 +138,7 @@ class Trainer:
             facts |= {f"{section}.{key}".removesuffix("."): repr(setting) for key, setting in settings}
         facts["the compute type (train.precision)"] = str(self.dtype)
         facts["the kind of device (cluster.device)"] = self.device.type
-        facts["the number of workers on a machine (comm.node_size)"] = str(node_size(self.config.comm))
+        facts["the number of workers on a machine (comm.node_size)"] = str(as_launched(self.config).comm.node_size)
         facts["the digest of the training windows"] = self._inputs["data.train"]
         facts["the digest of the model's weights"] = self._inputs["weights"]
         agree(self.communicator, facts)
@@ -172,7 +172,7 @@ class Trainer:
         )
 
     def _plan_memory(self) -> MemoryPlan:
-        config = self.config.changed({"comm.node_size": node_size(self.config.comm)})
+        config = as_launched(self.config)
         planned = planned_model(config, student_source(config))
         return plan_memory(planned, self.communicator.world_size, self.dtype, self.device.type)
 

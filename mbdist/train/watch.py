@@ -32,6 +32,7 @@ _SAYS = {
     "eval": "perplexity, {name}: {perplexity:,.2f}",
     "memory": "memory: {measured} a worker at the most, {predicted} predicted",
     "workers_lost": "WARNING: {error}",
+    "memory_is_short": "WARNING: the workers will take about {needed} of {where}, which has {free} free",
     "saved": "saved {folder}",
 }
 
@@ -85,6 +86,8 @@ class RunWatcher:
             record["trained_weights"] = sum(record["trained_weights"].values())
         if event == "memory":
             record |= {name: _gib(record[name]) for name in ("measured", "predicted")}
+        if event == "memory_is_short":
+            record |= {name: _gib(record[name]) for name in ("needed", "free")}
         if event in _SAYS:
             self._stop_bar()
             self.console.print(_SAYS[event].format(**record), markup=False)

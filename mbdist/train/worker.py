@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mbdist.config.schema import RunConfig
 from mbdist.errors import Interrupted
 from mbdist.train.environment import all_cores, set_up_worker
 from mbdist.train.leaving_nodes import LeavingNodes
+from mbdist.train.memory_check import check_memory
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.prepare import preparation_key, prepare, wait_until_prepared
 from mbdist.train.run_folder import go_on_from, starting_checkpoint
@@ -48,6 +50,8 @@ def run_worker(
     if saved is not None:  # before another model is converted in the place of the one that it needs
         check_inputs(saved.folder, saved.state, {"model": key})
     between()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        check_memory(config, device, metrics.write)
     if communicator.rank == 0:
         check_installed(config)
         with all_cores():

@@ -47,6 +47,8 @@ def converted(tmp_path_factory, llama_folder):
         "bench checkpoint",
         "bench faults",
         "bench scaling",
+        "bench convert",
+        "plan",
     ],
 )
 def test_help_has_an_example(verb):

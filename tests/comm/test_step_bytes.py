@@ -42,6 +42,12 @@ def test_matrices_that_take_turns_share_the_signal_and_not_the_statistics():
     assert found["statistics"] == whole["statistics"] and found["floats"] == whole["floats"]
 
 
+@pytest.mark.parametrize(("stage", "reductions"), [(0, 2), (1, 2), (2, 6), (3, 3)])
+def test_gradients_of_floats_are_reduced_in_every_micro_batch_where_they_are_cut(stage, reductions):
+    """Once or three times; an all-reduce sends twice what a reduce-scatter does."""
+    assert step_bytes(MODEL, 2, stage, CommConfig(), micro_batches=3)["float gradients"] == reductions * 4 * 256 // 2
+
+
 def test_few_flips_cost_two_bytes_and_many_a_bit_a_weight():
     few, all_of_them = (step_bytes(MODEL, 2, 2, CommConfig(), flip_rate=rate)["flips"] for rate in (1 / 256, 1.0))
     assert few == 2 * 16 // 2 and all_of_them == 512 // 2

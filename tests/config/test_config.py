@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +212,26 @@ def test_planes_that_cannot_be_named_so_are_refused(planes, message):
 def test_levers_that_would_do_nothing_are_refused(sections, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(MINIMAL | {"cluster": {"device": "cpu"}} | sections)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "70b" in path.name], ids=lambda path: path.stem)
+def test_commands_in_the_header_are_ones_that_exist(path):
+    from typer.main import get_command
+
+    from mbdist.cli.main import app
+
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
+    assert len(lines) == 4
+    for line in lines:
+        arguments, command = shlex.split(line.partition("mbdist ")[2]), get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        given = command.make_context("mbdist", arguments).params
+        if "run" in given:
+            load_config(CONFIGS[0].parents[1] / given["run"], given["overrides"] or [])
+
+
+def test_every_key_of_the_70b_configs_is_documented():
+    for path in (path for path in CONFIGS if "70b" in path.name):
+        keys = [line for line in path.read_text().splitlines() if re.match(r" *\w+: ", line)]
+        assert len(keys) > 30 and all(re.search(r" # \w", line) for line in keys), path.name

@@ -1,10 +1,12 @@
 """A real Ray cluster of three nodes on this machine; jobs come from outside it."""
 
 import contextlib
+import json
 import os
 import subprocess
 import time
 import uuid
+from pathlib import Path
 
 import models
 import processes
@@ -12,7 +14,13 @@ import psutil
 import pytest
 import yaml
 
+from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.convert import Conversion
+from mbdist.convert.initialize import in_turn
+from mbdist.model.hashing import hash_planes
+from mbdist.model.loading import load_model
 from mbdist.train.metrics import read_metrics
+from mbdist_launch import spread_over
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}  # the cluster lets in who has it
 
@@ -113,6 +121,37 @@ def sizes(records):
 def trains_on(fits):
     """Whether the number of workers fits by now, and they have done a step."""
     return lambda records: fits(sizes(records)[-1]) and records[-1]["event"] == "step"
+
+
+def convert_over_the_cluster(model, folder):
+    """Writes ``folder/found.json``: digests of a conversion here and over three workers, the nodes of nine jobs."""
+    import ray
+
+    def somewhere(number):
+        time.sleep(1)
+        return number, ray.get_runtime_context().get_node_id()
+
+    source, config = ModelConfig(path=model), ConvertConfig(planes=2, init="svid")
+    with spread_over(3) as over_nodes:
+        jobs = list(over_nodes(somewhere, ((number,) for number in range(9))))
+        for name, spread in (("here", in_turn), ("there", over_nodes)):
+            list(Conversion(source, Path(folder, name), config, spread=spread).run())
+    digests = [hash_planes(load_model(ModelConfig(path=f"{folder}/{name}"))) for name in ("here", "there")]
+    Path(folder, "found.json").write_text(json.dumps({"digests": digests, "jobs": jobs}))
+
+
+@pytest.mark.slow
+def test_a_conversion_spreads_over_the_nodes_of_a_running_cluster(tmp_path, llama_folder, cluster):
+    """Each has one core."""
+    (address,) = (option.partition("=")[2] for option in cluster[1][1].args if option.startswith("--address="))
+    environment = os.environ | TOKEN | {"RAY_ADDRESS": address}
+    converting = processes.Forked(convert_over_the_cluster, str(llama_folder), str(tmp_path), environment=environment)
+    done = converting.wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [number for number, _ in found["jobs"]] == list(range(9)), "in their order"
+    assert len({node for _, node in found["jobs"]}) > 1
+    assert found["digests"][0] == found["digests"][1]
 
 
 @pytest.mark.slow

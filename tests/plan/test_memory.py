@@ -13,7 +13,7 @@ import yaml
 from mbdist.comm.step_bytes import step_bytes
 from mbdist.config import parse_config
 from mbdist.plan import plan_memory, planned_model
-from mbdist.plan.dry_run import dry_run
+from mbdist.plan.dry_run import beside_plan, run_dry
 from mbdist.plan.step_time import trained_model
 
 
@@ -50,19 +50,45 @@ def settings(tmp_path, model, workers, stage, **sections):
     return base
 
 
+def test_a_dry_run_shows_partition_buckets_and_bytes_beside_the_plan(tmp_path, llama_folder):
+    """Five workers, so that parts are padded; buckets of a matrix each."""
+    comm = {"bucket_mb": 1e-6}
+    run = settings(tmp_path, llama_folder, 5, 3, data={"window": 32}, comm=comm, boolean={"planes": "all"})
+    planned = planned_model(parse_config(run))
+    model = trained_model(planned, torch.bfloat16)
+    found = run_dry(planned, 5, torch.bfloat16)
+    plan = plan_memory(planned, 5, torch.bfloat16, "cpu")
+    rows = {row["what"]: (row["found"], row["planned"]) for row in beside_plan(found, plan, model, planned.config)}
+    assert rows["buckets: signal"][0] == 2 * 14, "two accumulators a matrix"
+    assert rows["smallest bucket: signal"][0] < rows["largest bucket: signal"][0]
+    assert rows["sent: signal"][0] == rows["sent: signal"][1] == sum(found["buckets"]["signal"]) * 4 // 5
+    assert rows["sent: statistics"][0] == pytest.approx(rows["sent: statistics"][1], rel=0.02)
+    parts = [-(-matrix.plane_words // 5) for matrix in model.matrices]
+    assert rows["words that a worker owns, at most"] == (2 * sum(parts), 2 * sum(parts))
+    last = [matrix.plane_words - 4 * part for matrix, part in zip(model.matrices, parts, strict=True)]
+    assert rows["words that a worker owns, at least"][0] == 2 * sum(last) < 2 * sum(parts)
+
+
 RESIDENT = {"resident_planes": "frozen", "resident_floats": "frozen"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "stage", "checkpointing", "comm"),
-    [(1, 2, True, {}), (2, 0, False, {}), (8, 2, True, {}), (4, 3, False, {}), (16, 3, True, RESIDENT)],
+    [
+        (1, 2, True, {}),
+        (2, 0, False, {}),
+        (3, 1, False, {}),
+        (8, 2, True, {}),
+        (4, 3, False, {}),
+        (16, 3, True, RESIDENT),
+    ],
 )
 def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers, stage, checkpointing, comm):
     run = settings(tmp_path, wide_llama, workers, stage, train={"activation_checkpointing": checkpointing}, comm=comm)
     planned = planned_model(parse_config(run))
     plan = plan_memory(planned, workers, torch.bfloat16, "cpu")
-    found = dry_run(planned, workers, torch.bfloat16)
+    found = run_dry(planned, workers, torch.bfloat16)
     in_backward = plan.of_the_student + plan.activations + sum(plan.backward.values())
     assert plan.of_the_student == pytest.approx(found["kept"], rel=0.05)
     assert in_backward == pytest.approx(found["peak"], rel=0.2)

@@ -2,11 +2,14 @@
 
 import models
 import pytest
+import torch
 
 from mbdist.config import parse_config
-from mbdist.errors import Interrupted
+from mbdist.errors import Interrupted, UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import load_model
+from mbdist.train import memory_check
+from mbdist.train.memory_check import check_memory
 from mbdist.train.metrics import MetricsWriter, read_metrics
 from mbdist.train.prepare import prepare, student_source
 
@@ -35,6 +38,25 @@ def test_a_preparation_that_was_stopped_goes_on(tmp_path, llama_folder):
         assert times.items() <= {file.name: file.stat().st_mtime_ns for file in folder.glob("*")}.items()
         hashes.append(hash_planes(load_model(student_source(config))))
     assert hashes[0] == hashes[1]
+
+
+def test_too_little_memory_is_found_before_the_work(tmp_path, llama_folder, monkeypatch):
+    """Two workers of about 120 MB each."""
+
+    def check(free_mib, **cluster):
+        log = tmp_path / f"{free_mib}.jsonl"
+        sections = {"data": {"window": 128}, "train": {"micro_batch": 6}, "cluster": {"workers": 2, **cluster}}
+        settings = models.run_settings(tmp_path / "run", llama_folder, **sections)
+        monkeypatch.setattr(memory_check, "host_memory", lambda: free_mib << 20)
+        check_memory(parse_config(settings), torch.device("cpu"), MetricsWriter(log).write)
+        return [record["event"] for record in read_metrics(log)]
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    message = r"(?s)2 worker.s. would take 0\.2\d GiB .*activation_checkpointing=true.*check_memory=false"
+    with pytest.raises(UserError, match=message):
+        check(100)
+    assert check(100, check_memory=False) == ["memory_is_short"]
+    assert check(250) == ["memory_is_short"] and check(1000) == []
 
 
 def test_settings_that_changed_convert_anew(tmp_path, llama_folder):

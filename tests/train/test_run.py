@@ -170,6 +170,7 @@ def test_finetuning_goes_on_from_a_multi_boolean_model(finished, tmp_path, llama
         ({"model": {"path": "nowhere"}}, "cannot load the model nowhere"),
         ({"data": {"train": {"type": "text", "paths": ["none.txt"]}}}, "no file matches data path none.txt"),
         ({"train": {"sequences_per_step": 100_000, "micro_batch": 1}}, "less than the 100000 sequences of one step"),
+        ({"train": {"sequences_per_step": 2**20, "micro_batch": 2**20}}, "too little memory: 1 worker(s) would take"),
         ({"floats": {"also_train": ["*nothing*"]}}, "no parameter matches"),
         ({"cluster": {"device": "cuda"}}, "torch sees no GPU"),
     ],

@@ -11,15 +11,17 @@ import models
 import pytest
 import torch
 import yaml
+from ranks import run_on_ranks
 from test_run import mbdist_train, planes_of
 from test_sharding import train
 
 from mbdist.comm.communicator import Communicator
 from mbdist.config import parse_config
-from mbdist.config.schema import LossConfig, ModelConfig
+from mbdist.config.schema import ConvertConfig, LossConfig, ModelConfig
 from mbdist.data import Corpus
 from mbdist.data.batches import fetch
 from mbdist.errors import ConfigError, UserError
+from mbdist.model.tensor_files import StoredTensor
 from mbdist.train import cache_writer
 from mbdist.train.cache_writer import write_cache
 from mbdist.train.loss import TopTokens, token_loss
@@ -211,6 +213,35 @@ def test_a_sharded_teacher_teaches_the_same(tmp_path, llama_folder):
     whole, parts = found["resident"][2][-1]["memory"], found["sharded"][2][-1]["memory"]
     assert found["sharded"][2][-1]["kl"] == found["resident"][2][-1]["kl"]
     assert parts["teacher"] < 0.52 * whole["teacher"], "half, and the norms"
+
+
+def packed_on_a_rank(folder):
+    """(bytes that the rank keeps, bytes that it read, the logits of a sharded packed teacher)."""
+    reads, read = [], StoredTensor.read
+
+    def noted(tensor, first, count):
+        reads.append(count * tensor.dtype.itemsize)
+        return read(tensor, first, count)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LOCAL_RANK", str(torch.distributed.get_rank()))  # DeepSpeed asks for it
+        patched.setattr(StoredTensor, "read", noted)
+        teacher = live_teacher(ModelConfig(path=folder), "sharded", CPU, torch.float32)
+        kept = sum(getattr(p, "ds_tensor", p).nbytes for p in teacher.parameters())
+        ids = torch.arange(24)[None]
+        return kept, sum(reads), teacher.read(ids, lambda states, head: head.logits(states.flatten(0, 1)).detach())
+
+
+@pytest.mark.slow
+def test_a_sharded_packed_teacher_is_read_in_parts(tmp_path):
+    """Three ranks; odd sizes leave padded parts."""
+    config = ConvertConfig(planes=3, init="svid")
+    _, model = models.convert(models.small_model(), tmp_path, config)
+    whole = sum(p.nbytes for p in model.parameters())
+    logits = model(torch.arange(24)[None]).logits[0].detach()
+    for kept, read, found in run_on_ranks(3, tmp_path, packed_on_a_rank, str(tmp_path / "out")):
+        assert kept < 0.36 * whole and read < 0.36 * whole, "a third, and what stays whole"
+        torch.testing.assert_close(found, logits)
 
 
 @pytest.mark.slow
