@@ -43,7 +43,7 @@ class _AgreeingCommunicator(Communicator):
 
 def run_dry(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
     """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``; of one micro-batch
-    ``sent`` by phase (DeepSpeed's by operation) and ``buckets`` of signals, each one's size, by phase. ``owned_words``
+    ``sent`` by phase and ``buckets`` of signals, each one's size, by phase. ``owned_words``
     of the planes: of the worker that owns fewest and of the one that owns most. ``seconds`` that the dry run took."""
     here = {"cluster.device": "cpu", "boolean.offload_accumulators": False, "train.offload_activations": False}
     config = with_changes(planned.config.at_size(workers), here)
@@ -126,7 +126,8 @@ def beside_plan(found: dict, memory: MemoryPlan, model: TrainedModel, config: Ru
     """What ``run_dry`` found beside what is planned for the same (null: nothing is), in bytes or words."""
     workers = config.cluster.most_workers
     sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm)
-    sent["floats"] = sent.pop("frozen floats", 0)  # trained ones are gathered after the step
+    # The first micro-batch finds no floats that a step before it has gathered: forward and backward gather them.
+    sent["floats"] = 2 * sent["floats"] + sent.get("frozen floats", 0)
     words = sum(matrix.planes * -(-matrix.plane_words // workers) for matrix in model.matrices)
     planned = [
         ("kept between steps", found["kept"], memory.of_the_student),

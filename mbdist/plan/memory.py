@@ -197,18 +197,14 @@ def _activation_bytes(
 
 
 def _communication_bytes(boolean: BooleanOptimizer, comm: CommConfig, workers: int) -> int:
-    """Buckets: one that fills, and sent and received ones on the wire; inside machines too where they are summed."""
+    """Buckets: one that fills, and sent and received ones on the wire. (The whole signals that are added up inside a
+    machine first are there while a block is computed alone, where they are counted.)"""
     if workers == 1:
         return 0
     receivers = workers // (comm.summing_nodes(workers) or 1)
-    segments = [entry.segments for entry in boolean.accumulated]
-    coded = [4 * receivers * boolean.reduction.codec.message_words(of) for of in segments]
-    whole = [4 * workers * of.partition.elements_per_rank for of in segments] if receivers < workers else []
-    return sum(
-        min(2 * sum(messages), max(comm.bucket_bytes, max(messages)) * (1 + 2 * comm.in_flight))
-        for messages in (coded, whole)
-        if messages
-    )
+    messages = [4 * receivers * boolean.reduction.codec.message_words(entry.segments) for entry in boolean.accumulated]
+    bucket = max(comm.bucket_bytes, max(messages))
+    return min(2 * sum(messages), bucket * (1 + 2 * comm.in_flight))
 
 
 def _teacher_bytes(teacher: PreTrainedModel | None, config: RunConfig) -> int:

@@ -115,8 +115,8 @@ def test_a_plan_for_cpus_says_whether_they_fit_here(capsys, llama_folder, tmp_pa
     run = {"run_dir": str(tmp_path), "model": {"path": str(llama_folder)}, "cluster": {"workers": 2, "device": "cpu"}}
     run |= {"data": {"train": {"type": "python_docs"}, "window": 32}, "train": {"micro_batch": 4}}
     monkeypatch.setattr(command, "host_memory", lambda: 4 * GIB)
-    file = tmp_path / "plan.json"
-    assert plan_command(parse_config(run), "cpu", 1, "400gbit", dry_run=True, rates_file=CPU_RATES, json_file=file)
+    file, rates = tmp_path / "plan.json", rates_file(tmp_path / "rates.json", **OPERATIONS)
+    assert plan_command(parse_config(run), "cpu", 1, "400gbit", dry_run=True, rates_file=rates, json_file=file)
     found = json.loads(file.read_text())
     assert found["fits"] and found["workers"] == 2 and found["memory"]["in all"] > found["memory"]["teacher"] > 0
     rows = {row["what"]: row for row in found["dry_run"]}
@@ -153,6 +153,12 @@ def test_a_teacher_counts_by_what_of_it_is_in_memory(llama_folder, tmp_path):
     assert teacher(teacher_placement="sharded") < 2 * teacher(), "a part, and what is gathered at a time"
 
 
+OPERATIONS = {
+    **dict.fromkeys(("linear, forward", "linear, dX", "linear, dW to signs and scales"), 100.0),
+    "flip_update, int8": 1000.0,
+}
+
+
 def rates_file(path, device="cpu", **us):
     """One row an operation, of a 64 x 64 matrix and 256 tokens."""
     shape = {"shape": "64x64", "planes": 2}
@@ -167,8 +173,7 @@ def rates_file(path, device="cpu", **us):
 def test_seconds_come_from_measured_rows(capsys, small, tmp_path):
     """100 us a product of 64 x 64 with 256 tokens, the dense one 50; the head and attention count as dense. Two
     workers share a machine's cores."""
-    rows = {name: 100.0 for name in ("linear, forward", "linear, dX", "linear, dW to signs and scales")}
-    file = rates_file(tmp_path / "rates.json", **rows, **{"flip_update, int8": 1000.0})
+    file = rates_file(tmp_path / "rates.json", **OPERATIONS)
     config = load_config(str(CONFIGS / "llama2_70b_ray.yaml"), [*small, "cluster.device=cpu"])
     planned = planned_model(config)
     step = plan_step(planned, trained_model(planned, torch.bfloat16), 4, 2, Measured(file, sharing=2), 1e9, 1e9)
