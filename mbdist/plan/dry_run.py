@@ -43,8 +43,8 @@ class _AgreeingCommunicator(Communicator):
 
 def run_dry(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
     """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``; of one micro-batch
-    ``sent`` by phase and ``buckets`` of signals, each one's size, by phase. ``owned_words``
-    of the planes: of the worker that owns fewest and of the one that owns most. ``seconds`` that the dry run took."""
+    ``sent`` by phase and ``buckets`` of signals, each one's size, by phase; ``owned_words`` of the planes, of the
+    worker that owns fewest and of the one that owns most; ``seconds`` that the dry run took."""
     here = {"cluster.device": "cpu", "boolean.offload_accumulators": False, "train.offload_activations": False}
     config = with_changes(planned.config.at_size(workers), here)
     return in_own_process(_dry_run, config, str(dtype).removeprefix("torch."))

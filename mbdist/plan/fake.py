@@ -31,7 +31,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
         for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
+            if isinstance(result, torch.Tensor) and result.device.type != "meta":  # which shall have no memory
                 self._see(result.untyped_storage())
         return results
 

@@ -92,6 +92,8 @@ def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers,
     in_backward = plan.of_the_student + plan.activations + sum(plan.backward.values())
     assert plan.of_the_student == pytest.approx(found["kept"], rel=0.05)
     assert in_backward == pytest.approx(found["peak"], rel=0.2)
+    embeddings = 2 * 32000 * 1024  # the largest tensor
+    assert found["start_peak"] <= found["kept"] + embeddings, "tensors are made whole one at a time"
     sent = step_bytes(trained_model(planned, torch.bfloat16), workers, stage, planned.config.comm)
     assert sent["signal"] == found["sent"].get("signal", 0)
     if stage == 3:
