@@ -101,7 +101,7 @@ def check_same(one, other):
 def undisturbed(tmp_path_factory, llama_folder):
     """The folder of a run of one worker that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    processes.train(settings_of(folder, llama_folder))
+    processes.train(settings_of(folder, llama_folder, keep_last=9))
     return folder
 
 
