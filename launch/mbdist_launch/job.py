@@ -150,16 +150,16 @@ class JobServer:
         while True:
             try:
                 ended = self._client.get_job_status(job_id).is_terminal()  # if so, what is told now is all of the log
-                silent_since = None
                 asyncio.run(stream())
+                silent_since = None
                 if ended:
                     break
             except (ClientError, OSError, RuntimeError) as error:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() > silent_since + _SILENCE_S:
                     raise RunError(
-                        f"the job server does not answer any more: {error}. The job {job_id} may go on: see mbdist job "
-                        "status"
+                        f"the job server does not tell the job's log any more: {error}. The job {job_id} may go "
+                        "on: see mbdist job status"
                     ) from error
             time.sleep(_POLL_S)
         found = self._client.get_job_info(job_id)

@@ -181,7 +181,10 @@ def _worker(settings: dict) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            run_worker(config, _a_node_is_leaving)
+            import ray.train
+
+            # Older versions of Ray do not say.
+            run_worker(config, _a_node_is_leaving if hasattr(ray.train, "get_preemption_info") else None)
         except Interrupted as stopped:
             _ended(config).write_text(json.dumps({"step": stopped.step}))
         except UserError as error:

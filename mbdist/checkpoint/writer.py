@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of, remove_checkpoint
 from mbdist.comm.communicator import Communicator
 from mbdist.config.checkpoint import CheckpointConfig
+from mbdist.model.saving import fsync
 
 _PARTIAL = ".tmp-"
 _POLL_S = 0.05
@@ -69,22 +70,23 @@ class CheckpointWriter:
         by_time = self.config.every_minutes is not None and waited_s >= 60 * self.config.every_minutes
         return by_steps or by_time
 
-    def save(self, step: int, pieces: list[Piece], state: dict) -> None:
+    def save(self, step: int, pieces: list[Piece], state: dict) -> bool:
         """Write the state after ``step`` steps, where there is room for it: snapshot now, files later. All ranks call
-        it together. ``state``: JSON, the same on all of them."""
+        it together. ``state``: JSON, the same on all of them. Returns whether it was begun."""
         started = time.monotonic()
         self.wait()
         final = self.folder / f"step_{step}"
         partial = final.with_name(f"{final.name}{_PARTIAL}{self._attempt}")
         of_ranks = self.communicator.all_gather_objects(sum(piece.values.nbytes for piece in pieces), "checkpoint")
         begun = self.communicator.rank > 0 or self._begin(step, partial, sum(of_ranks))
-        if self.communicator.all_gather_objects(begun, "checkpoint")[0]:
+        if begun := self.communicator.all_gather_objects(begun, "checkpoint")[0]:
             tensors = {f"{name}@{first}": _snapshot(values) for name, first, values in pieces}
             blocked_s = time.monotonic() - started
             work = (step, partial, final, tensors, state, blocked_s)
             self._thread = threading.Thread(target=self._write, args=work, daemon=False)
             self._thread.start()
         self._last_s = time.monotonic()
+        return begun
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -106,7 +108,7 @@ class CheckpointWriter:
                 raise OSError(f"{free / 1e9:.2f} GB are free, about {num_bytes / 1e9:.2f} GB are needed")
             partial.mkdir()
         except OSError as error:
-            self._failed(step, f"no room in {self.folder}: {error}")
+            self._failed(step, f"cannot begin in {self.folder}: {error}")
             return False
         return True
 
@@ -118,7 +120,7 @@ class CheckpointWriter:
         try:
             shard = partial / f"shard_{rank}.safetensors"
             save_file(tensors, shard)
-            _fsync(shard)
+            fsync(shard)
             note = {"file": shard.name, "bytes": shard.stat().st_size, "sha256": digest_of(shard)}
             _write_json(partial / f"shard_{rank}.json", note)
             if rank == 0:
@@ -137,7 +139,7 @@ class CheckpointWriter:
 
     def _publish(self, partial: Path, final: Path, state: dict) -> None:
         notes = [partial / f"shard_{rank}.json" for rank in range(self.communicator.world_size)]
-        patience_s = self.communicator.timeout_s / 2  # the next save waits for this one, and others for rank 0 in it
+        patience_s = 0.8 * self.communicator.timeout_s  # the next save waits for this one, and others for rank 0 in it
         deadline = time.monotonic() + patience_s
         while not all(note.exists() for note in notes):
             if time.monotonic() > deadline:
@@ -151,9 +153,9 @@ class CheckpointWriter:
             note.unlink()
         remove_checkpoint(final)  # of an attempt that got further, before it was lost
         partial.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
         (final / COMPLETE).touch()
-        _fsync(final)
+        fsync(final)
         self._prune()
 
     def _prune(self) -> None:
@@ -183,13 +185,5 @@ def _write_json(path: Path, value: dict) -> None:
     """Whole or not at all."""
     beside = path.with_name(f".{path.name}")
     beside.write_text(json.dumps(value), encoding="utf-8")
-    _fsync(beside)
+    fsync(beside)
     beside.rename(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -17,6 +18,15 @@ class Activity:
 
     def enter(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
+
+    @contextlib.contextmanager
+    def unwatched(self, phase: str) -> Iterator[None]:
+        """While something goes on that may take any time and shows no progress."""
+        self.phase, self.since = phase, math.inf
+        try:
+            yield
+        finally:
+            self.enter(phase)
 
     @contextlib.contextmanager
     def waiting(self, message: str) -> Iterator[None]:

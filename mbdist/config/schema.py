@@ -158,8 +158,8 @@ class TrainConfig(_Section):
     """Stop after so many steps in a row had to be skipped because a loss or a signal was not finite."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 1800
     """A worker that makes no progress for so many seconds says what it was doing and ends, for its launcher to replace
-    it. Longer than any one forward or backward pass, collective, evaluation batch, layer of a conversion or download
-    takes."""
+    it. Longer than any one forward or backward pass, collective, evaluation batch, block of a conversion or download of
+    a data set takes."""
     track: list[Literal["tensorboard", "wandb"]] = []
     """Besides `metrics.jsonl`: TensorBoard in `run_dir/tensorboard`, W&B as its own `WANDB_*` variables say."""
     eval_every: Annotated[int, Field(ge=0)] = 0

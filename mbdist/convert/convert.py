@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,11 +79,17 @@ class Conversion:
         spread: Spread = in_turn,  # of the matrices of a block, and of their rows, over processes
         optimizer: OptimizerOfBits = BooleanOptimizer,  # of a reconstruction
         replace: bool = False,  # an earlier output, and what an unfinished one of other settings left
-        between: Callable[[], None] = lambda: None,  # called before every pass of a calibration batch; may raise
+        between: Callable[[], None] = lambda: None,  # called whenever there is progress; may raise
     ):
         self.source, self.output, self.config = source, output, config
-        self.dtype, self.spread, self.optimizer, self.replace = dtype, spread, optimizer, replace
-        self.between = between
+        self.dtype, self.optimizer, self.replace, self.between = dtype, optimizer, replace, between
+
+        def spread_noticed(function: Callable[..., Any], jobs: Iterable[tuple]) -> Iterator[Any]:
+            for result in spread(function, jobs):
+                between()
+                yield result
+
+        self.spread = spread_noticed
         if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
         self.model = empty_model(source)

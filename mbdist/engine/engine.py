@@ -122,6 +122,7 @@ class Engine:
         """Every parameter and buffer by name, in the order of names, whole, on the CPU of rank 0 (None on the others),
         gathered as it is yielded. All ranks iterate."""
         for name, tensor in self._saved_tensors().items():
+            self.communicator.activity.enter(f"saving {name}")
             gathered = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_tensor"))
             with gathered:
                 whole = tensor.detach().to("cpu", copy=True) if self.communicator.rank == 0 else None

@@ -40,25 +40,25 @@ def host_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Of every group around this process that has a limit (Linux, both versions). The files' pages that nobody uses
-    count in a group, and go when there is need."""
+    """Of every group around this process that has a limit (Linux, both versions). The files' pages count in a group,
+    and go when there is need."""
     membership = root / "proc/self/cgroup"
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         top = root / "sys/fs/cgroup" / controllers
-        limit, used, idle = _FILES[controllers]
+        limit, used, cached = _FILES[controllers]
         group = top / path.lstrip("/")
         for folder in [group, *group.parents]:
             if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
                 stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                yield max(0, int(most) - int((folder / used).read_text()) + int(stat[idle]))
+                yield max(0, int(most) - int((folder / used).read_text()) + sum(int(stat[key]) for key in cached))
             if folder == top:
                 break
 
 
-_FILES = {  # (limit, used, key of idle pages in memory.stat) by controllers, which version 2 leaves empty
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+_FILES = {  # (limit, used, keys of files' pages in memory.stat) by controllers, which version 2 leaves empty
+    "": ("memory.max", "memory.current", ("active_file", "inactive_file")),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -18,9 +19,9 @@ from mbdist.train.environment import as_launched, compute_dtype
 _LARGEST = 3  # categories that are named
 
 
-def check_memory(config: RunConfig, device: torch.device, log: Callable[..., None]) -> None:
+def check_memory(config: RunConfig, device: torch.device, log: Callable[..., None], enforce: bool) -> None:
     """To be called by one worker of each machine. Raises UserError where the plan is above what is there; says so
-    (event ``memory_is_short``) where it comes near, or where ``cluster.check_memory`` is off."""
+    (event ``memory_is_short``, and in the worker's own log) where it comes near, or if not to ``enforce``."""
     if device.type == "cuda":
         room, where = Room(torch.cuda.mem_get_info(device)[0]), "the GPU"
     else:
@@ -33,8 +34,9 @@ def check_memory(config: RunConfig, device: torch.device, log: Callable[..., Non
     )
     plan = plan_memory(planned, workers, dtype, device.type)
     needed, free = (f"{size / 2**30:,.2f} GiB" for size in (room.taken(plan), room.free_bytes))
-    if room.holds_barely(plan) or (not room.holds(plan) and not config.cluster.check_memory):
+    if room.holds_barely(plan) or (not room.holds(plan) and not enforce):
         log("memory_is_short", needed=room.taken(plan), free=room.free_bytes, where=where)
+        print(f"the workers will take about {needed} of {where}, which has {free} free", file=sys.stderr, flush=True)
     elif not room.holds(plan):
         largest = sorted(plan.categories().items(), key=lambda category: -category[1])[:_LARGEST]
         named = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:,.2f}" for name, size in largest)

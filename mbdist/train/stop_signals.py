@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LOOK_EVERY_S = 0.2  # for the file, on storage that may be far away
 
 
 _early = threading.Event()
@@ -43,11 +45,16 @@ class StopRequest:
     def __init__(self, file: Path):
         self._told = threading.Event()
         self._file = file
+        self._next_look_s = 0.0
         on_stop_signals(self._told.set)
 
     @property
     def seen(self) -> bool:
-        return self._told.is_set() or self._file.exists()
+        if not self._told.is_set() and time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + _LOOK_EVERY_S
+            if self._file.exists():
+                self._told.set()
+        return self._told.is_set()
 
     def pass_on(self) -> None:
         """Tell the others too, where they do not ask together."""

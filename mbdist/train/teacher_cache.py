@@ -37,7 +37,7 @@ from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
 from mbdist.train.loss import TopTokens, log_of_the_rest
 
-_FORMAT = 1
+_FORMAT = 2
 _PART_BYTES = 64 << 20
 _FEWEST_PARTS = 64  # of a small cache too: what workers share out
 _OPEN_PARTS = 128

@@ -80,9 +80,11 @@ class Trainer:
         files = WeightFiles(source, student)
         self._inputs = {
             "model": preparation_key(config),
-            "data.train": digest_of_windows(self.corpus.train),
+            # All ranks read the same windows: it is enough that one reads them all.
+            "data.train": digest_of_windows(self.corpus.train) if communicator.rank == 0 else "",
             "weights": files.digest(),
         }
+        self._inputs["data.train"] = communicator.all_gather_objects(self._inputs["data.train"], "agreement")[0]
         self._agree()
         share_launch_settings(communicator)
         self.bits_per_weight = bits_per_weight(student)
@@ -98,10 +100,10 @@ class Trainer:
         place(student, weights, config, device, communicator.activity)
         if config.train.activation_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.offload_activations)
-        communicator.activity.enter("loading the teacher")
-        self.teacher = load_teacher(
-            config, device, self.dtype, self.corpus.train, student.config.get_text_config().vocab_size
-        )
+        with communicator.activity.unwatched("loading the teacher"):  # and fetching it
+            self.teacher = load_teacher(
+                config, device, self.dtype, self.corpus.train, student.config.get_text_config().vocab_size
+            )
         communicator.activity.enter("setting up the optimizers")
         self.readout = Readout(student)
         self.boolean = optimizer(
@@ -139,7 +141,6 @@ class Trainer:
         facts["the compute type (train.precision)"] = str(self.dtype)
         facts["the kind of device (cluster.device)"] = self.device.type
         facts["the number of workers on a machine (comm.node_size)"] = str(as_launched(self.config).comm.node_size)
-        facts["the digest of the training windows"] = self._inputs["data.train"]
         facts["the digest of the model's weights"] = self._inputs["weights"]
         agree(self.communicator, facts)
 
@@ -272,7 +273,6 @@ class Trainer:
         self.communicator.activity.enter("taking a snapshot")
         if self.steps_done == self._saved_step:
             return
-        self._saved_step = self.steps_done
         state = {
             "step": self.steps_done,
             "perplexity": perplexity,
@@ -282,7 +282,8 @@ class Trainer:
             "engine": self.engine.shared_state(),
         }
         pieces = [*self.boolean.state_pieces(), *self.engine.state_pieces()]
-        self.writer.save(self.steps_done, pieces, state)
+        if self.writer.save(self.steps_done, pieces, state):
+            self._saved_step = self.steps_done
 
     def step(self, step: int) -> tuple[FlipReport | None, torch.Tensor]:
         """One optimizer step: (report, or None where it was skipped; mean loss, kl, cross-entropy, and targets)."""
@@ -427,7 +428,6 @@ class Trainer:
 
         def hashed() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in state:
-                self.communicator.activity.enter(f"saving {name}")
                 if ".plane_" in name:
                     planes.add(name, tensor)
                 yield name, tensor

@@ -11,6 +11,7 @@ from mbdist.comm.agreement import agree
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig
 from mbdist.errors import Interrupted
+from mbdist.model.loading import safetensors_of
 from mbdist.train.environment import all_cores, set_up_worker
 from mbdist.train.leaving_nodes import LeavingNodes
 from mbdist.train.memory_check import check_memory
@@ -49,11 +50,15 @@ def run_worker(
     agree(communicator, {"the digest of the model's files and of the settings that it is prepared with": key})
     if saved is not None:  # before another model is converted in the place of the one that it needs
         check_inputs(saved.folder, saved.state, {"model": key})
-    between()
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        check_memory(config, device, metrics.write)
+    if any(communicator.all_gather_objects(stopping.seen, "agreement")):  # all of them leave, or none
+        raise Interrupted(saved.step if saved is not None else 0)
+    if config.train.steps and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        # A run that goes on has fitted before: what is short now may be there in a moment.
+        check_memory(config, device, metrics.write, enforce=config.cluster.check_memory and saved is None)
     if communicator.rank == 0:
         check_installed(config)
+        with activity.unwatched("fetching the model"):
+            safetensors_of(config.model)
         with all_cores():
             prepare(config, metrics, between=between)
     else:

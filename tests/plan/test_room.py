@@ -16,8 +16,8 @@ def group(root, membership, path, **files):
 
 
 def test_a_control_group_of_version_2_limits(tmp_path):
-    """100 bytes, 70 in use, 20 of them pages of files that nobody uses; the group inside has no limit of its own."""
-    limits = {"memory__max": 100, "memory__current": 70, "memory__stat": "anon 50\ninactive_file 20"}
+    """100 bytes, 70 in use, 20 of them pages of files; the group inside has no limit of its own."""
+    limits = {"memory__max": 100, "memory__current": 70, "memory__stat": "anon 50\ninactive_file 15\nactive_file 5"}
     group(tmp_path, "0::/slice/job\n", "sys/fs/cgroup/slice", **limits)
     (tmp_path / "sys/fs/cgroup/slice/job").mkdir()
     (tmp_path / "sys/fs/cgroup/slice/job/memory.max").write_text("max\n")
@@ -26,7 +26,11 @@ def test_a_control_group_of_version_2_limits(tmp_path):
 
 def test_a_control_group_of_version_1_limits(tmp_path):
     """As a container sees it: named by a path that is there outside alone."""
-    files = {"memory__limit_in_bytes": 100, "memory__usage_in_bytes": 120, "memory__stat": "total_inactive_file 0"}
+    files = {
+        "memory__limit_in_bytes": 100,
+        "memory__usage_in_bytes": 120,
+        "memory__stat": "total_inactive_file 0\ntotal_active_file 0",
+    }
     group(tmp_path, "4:memory:/container/1\n1:cpu:/\n0::/\n", "sys/fs/cgroup/memory", **files)
     assert host_memory(tmp_path) == 0, "more than the limit"
 
