@@ -57,7 +57,9 @@ def main(spec_file: str) -> None:
                 "coding_s": measured.coding.take() / phase["steps"],
             }
         )
-    (folder / f"result.{dist.get_rank()}.json").write_text(json.dumps(results))
+    written = folder / f"written.{dist.get_rank()}.json"
+    written.write_text(json.dumps(results))
+    written.rename(folder / f"result.{dist.get_rank()}.json")  # whole from the moment that it is there
     leave_group()
 
 

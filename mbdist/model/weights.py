@@ -16,8 +16,8 @@ from mbdist.model.loading import clear_errors, safetensors_of
 from mbdist.model.tensor_files import StoredTensor, stored_tensors
 
 _CHUNK_BYTES = 16 << 20  # on their way from a file into a tensor
-_WHOLE = 1 << 18  # elements of the largest tensor that the digest reads whole
-_SAMPLES, _SAMPLE = 16, 128  # of every larger one: so many, of so many elements
+_WHOLE = 1 << 18  # elements of the largest tensor of floats that the digest reads whole
+_SAMPLES, _SAMPLE = 16, 128  # of every other one: so many, of so many elements
 
 
 class Weights(Protocol):
@@ -70,14 +70,15 @@ class WeightFiles:
             reached += part.numel()
 
     def digest(self) -> str:
-        """SHA-256 over the names, types and shapes of all tensors, the content of small ones and samples of large
-        ones, read in a moment whatever the model's size. Scales are small, and found from all bits of their matrix: a
-        conversion that came to other bits anywhere shows in them."""
+        """SHA-256 over the names, types and shapes of all tensors, the content of small ones of floats and samples of
+        planes and large ones, read in a moment whatever the model's size. Scales are small, and found from all bits of
+        their matrix: a conversion that came to other bits anywhere shows in them."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self._tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
             end = tensor.num_elements
-            step, count = (end, end) if end <= _WHOLE else (end // _SAMPLES, _SAMPLE)
+            whole = end <= _WHOLE and tensor.dtype != torch.int32
+            step, count = (end, end) if whole else (max(_SAMPLE, end // _SAMPLES), _SAMPLE)
             for first in range(0, end, step or 1):
                 values = tensor.read(first, min(count, end - first))
                 digest.update(values.view(torch.uint8).numpy())
