@@ -59,6 +59,7 @@ def run_worker(
         check_installed(config)
         with activity.unwatched("fetching the model"):
             safetensors_of(config.model)
+        activity.enter("preparing")
         with all_cores():
             prepare(config, metrics, between=between)
     else:
