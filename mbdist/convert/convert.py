@@ -84,12 +84,12 @@ class Conversion:
         self.source, self.output, self.config = source, output, config
         self.dtype, self.optimizer, self.replace, self.between = dtype, optimizer, replace, between
 
-        def spread_noticed(function: Callable[..., Any], jobs: Iterable[tuple]) -> Iterator[Any]:
-            for result in spread(function, jobs):
-                between()
-                yield result
+        def noticed(result: Any) -> Any:
+            between()
+            return result
 
-        self.spread = spread_noticed
+        # A loop would hold on to its last result while memory is given back.
+        self.spread = lambda function, jobs: map(noticed, spread(function, jobs))
         if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not an empty folder; name another OUTPUT or remove it")
         self.model = empty_model(source)
