@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from mbdist_kernels.flip_mask import elements_of_mask
 from mbdist_kernels.launch import settings
@@ -69,7 +70,7 @@ def _encode_kernel(mask, ends, counts, positions, num_words, BLOCK_WORDS: tl.con
 
 
 def _positions_of_unknown_number(mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    return mask.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int16)
+    return mask.new_empty(library.get_ctx().new_dynamic_size(), dtype=torch.int16)
 
 
 _encode = operation(

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of, remove_checkpoint
 from mbdist.comm.communicator import Communicator
 from mbdist.config.checkpoint import CheckpointConfig
-from mbdist.model.saving import fsync
+from mbdist.model.saving import fsync, write_whole
 
 _PARTIAL = ".tmp-"
 _POLL_S = 0.05
@@ -122,7 +122,7 @@ class CheckpointWriter:
             save_file(tensors, shard)
             fsync(shard)
             note = {"file": shard.name, "bytes": shard.stat().st_size, "sha256": digest_of(shard)}
-            _write_json(partial / f"shard_{rank}.json", note)
+            write_whole(partial / f"shard_{rank}.json", json.dumps(note).encode())
             if rank == 0:
                 self._publish(partial, final, state)
                 seconds = {"seconds": round(time.monotonic() - started, 3), "blocked_s": round(blocked_s, 3)}
@@ -135,7 +135,7 @@ class CheckpointWriter:
             print(f"cannot write shard {rank} of {final}: {error}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):  # rank 0 gives up later then, or has already
                 (partial / f"shard_{rank}.safetensors").unlink(missing_ok=True)  # makes room for the next line
-                _write_json(partial / f"shard_{rank}.json", {"error": f"worker {rank}: {error}"})
+                write_whole(partial / f"shard_{rank}.json", json.dumps({"error": f"worker {rank}: {error}"}).encode())
 
     def _publish(self, partial: Path, final: Path, state: dict) -> None:
         notes = [partial / f"shard_{rank}.json" for rank in range(self.communicator.world_size)]
@@ -148,7 +148,7 @@ class CheckpointWriter:
         shards = [json.loads(note.read_text()) for note in notes]
         if errors := [shard["error"] for shard in shards if "error" in shard]:
             raise OSError("; ".join(errors))
-        _write_json(partial / STATE, {"format": FORMAT, "shards": shards, **state})
+        write_whole(partial / STATE, json.dumps({"format": FORMAT, "shards": shards, **state}).encode())
         for note in notes:
             note.unlink()
         remove_checkpoint(final)  # of an attempt that got further, before it was lost
@@ -179,11 +179,3 @@ def _give_way() -> None:
     """Have this thread compute only where the step leaves a core to it. Linux has a priority a thread."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(value), encoding="utf-8")
-    fsync(beside)
-    beside.rename(path)

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mbdist.errors import UserError
 from mbdist.file_lock import take_lock
-from mbdist.model.saving import clear_disk_errors, fsync, put_in_place
+from mbdist.model.saving import clear_disk_errors, fsync, put_in_place, write_whole
 
 
 def partial_folder_of(output: Path) -> Path:
@@ -72,7 +72,7 @@ class PartialFolder:
         if not file.is_file():
             found = compute()
             with clear_disk_errors(self.output):
-                _write_whole(file, found)
+                write_whole(file, json.dumps(found).encode())
         return json.loads(file.read_text())
 
     def finish(self, save_rest: Callable[[Path], None]) -> None:
@@ -129,10 +129,4 @@ class PartialFolder:
                 elif left.name != "lock":
                     left.unlink()
             self.scratch.mkdir()
-            _write_whole(self._key, key)
-
-
-def _write_whole(file: Path, content: dict) -> None:
-    written = file.with_name(f"{file.name}.tmp")
-    written.write_text(json.dumps(content))
-    written.rename(file)
+            write_whole(self._key, json.dumps(key).encode())

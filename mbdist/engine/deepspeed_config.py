@@ -30,6 +30,16 @@ def largest_block(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
     return max(sizes.values(), default=0)
 
 
+def one_block_ahead(block_elements: int) -> dict[str, int]:
+    """What stage 3 gathers: one block ahead, and no more than three alive. DeepSpeed counts elements, and a word of 32
+    weights is one: its defaults, which suit 16 bits a weight, would gather dozens of packed blocks ahead."""
+    return {
+        "stage3_prefetch_bucket_size": block_elements,
+        "stage3_max_live_parameters": 3 * block_elements,
+        "stage3_max_reuse_distance": block_elements,
+    }
+
+
 def deepspeed_config(
     config: RunConfig,
     block_elements: int = 0,  # of the largest block, as DeepSpeed counts them; 0: DeepSpeed's own settings
@@ -46,11 +56,7 @@ def deepspeed_config(
     if trained_floats:
         zero["reduce_bucket_size"] = reduce_bucket(trained_floats)
     if block_elements and config.cluster.zero_stage == 3:
-        # DeepSpeed counts elements. A word of 32 weights is one, so its defaults, which suit 16 bits a weight, would
-        # gather dozens of packed blocks ahead: one block ahead, and no more than three alive.
-        zero["stage3_prefetch_bucket_size"] = block_elements
-        zero["stage3_max_live_parameters"] = 3 * block_elements
-        zero["stage3_max_reuse_distance"] = block_elements
+        zero |= one_block_ahead(block_elements)
     return {
         "train_batch_size": config.train.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,

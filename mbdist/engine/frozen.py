@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from mbdist.config.schema import ModelConfig
-from mbdist.engine.deepspeed_config import largest_block
+from mbdist.engine.deepspeed_config import largest_block, one_block_ahead
 from mbdist.engine.placement import place_partitioned
 from mbdist.model.layers import is_scale
 from mbdist.model.loading import empty_model, is_multi_boolean, load_model
@@ -33,10 +33,7 @@ class PartitionedModel:
         settings["bf16"] = {"enabled": False}  # what was loaded stays as it is: scales of a packed model are fp32
         zero = settings["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = _SMALL_ROWS * model.config.get_text_config().hidden_size
-        block = largest_block(model.named_parameters())
-        zero["stage3_prefetch_bucket_size"] = block
-        zero["stage3_max_live_parameters"] = 3 * block
-        zero["stage3_max_reuse_distance"] = block
+        zero |= one_block_ahead(largest_block(model.named_parameters()))
         self.engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=settings)
         self.engine.eval()
 

@@ -113,3 +113,14 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Beside first, then renamed: a reader finds all of it or nothing."""
+    beside = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        fsync(beside)
+        beside.rename(file)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from mbdist.data import Batch, digest_of_windows
 from mbdist.errors import UserError
 from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
+from mbdist.model.saving import write_whole
 from mbdist.train.loss import TopTokens, log_of_the_rest
 
 _FORMAT = 2
@@ -81,7 +81,7 @@ class CacheHeader:
             return None
 
     def write(self, folder: Path) -> None:
-        _write_whole(folder / "cache.json", json.dumps(asdict(self), indent=2).encode())
+        write_whole(folder / "cache.json", json.dumps(asdict(self), indent=2).encode())
 
     def part(self, number: int) -> tuple[str, range]:
         """(file name, windows) of a part."""
@@ -121,7 +121,7 @@ def cache_folder(config: RunConfig) -> Path:
 def write_part(file: Path, windows: Sequence[TopTokens], vocabulary: int) -> None:
     """A part, from what the teacher says about the positions of every one of its windows."""
     rows = [_quantised(window, vocabulary) for window in windows]
-    _write_whole(file, safetensors.numpy.save({name: np.stack([each[name] for each in rows]) for name in rows[0]}))
+    write_whole(file, safetensors.numpy.save({name: np.stack([each[name] for each in rows]) for name in rows[0]}))
 
 
 class CachedTeacher:
@@ -241,16 +241,3 @@ def _restored(part: dict[str, np.ndarray]) -> TopTokens:
     log_rest = torch.from_numpy(part["rest"].astype(np.float32)[:, None])
     log_q += log_of_the_rest(log_rest) - log_q.logsumexp(-1, keepdim=True)
     return TopTokens(torch.from_numpy(part["tokens"].astype(np.int64)), log_q, log_rest)
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Beside first, then renamed: a reader finds all of it or nothing."""
-    beside = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-    try:
-        with beside.open("wb") as target:
-            target.write(content)
-            target.flush()
-            os.fsync(target.fileno())
-        beside.rename(file)
-    finally:
-        beside.unlink(missing_ok=True)
