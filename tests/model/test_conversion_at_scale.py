@@ -320,8 +320,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_is_done(tmp_path, llama_folder)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Blocks of 50 MB in fp32; with ten more of them, a model held whole would take 500 MB more. The peak is the highest
-    of the blocks' own, which differ by tens of MB: a model of few blocks meets fewer of them."""
+    """Blocks of 50 MB in fp32; with ten more of them, a model held whole would take 500 MB more. The peak is the
+    highest of the blocks' own, which differ by tens of MB: a model of few blocks meets fewer of them."""
     peaks = {}
     for layers in (6, 16):
         folder = tmp_path / f"float-{layers}"
