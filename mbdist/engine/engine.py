@@ -15,7 +15,7 @@ from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
-from mbdist.engine.moments import MOMENTS, full_moment, optimizer_steps, restore_moments, tie_moments
+from mbdist.engine.kept_floats import kept_parts, make_moments, optimizer_steps
 from mbdist.engine.traffic import count_traffic
 from mbdist.engine.zero3 import PartitionedPlanes, gather_after_step, gather_by_blocks, keep_between_steps
 from mbdist.optim.boolean import BooleanOptimizer
@@ -129,18 +129,14 @@ class Engine:
             yield name, whole
 
     def state_pieces(self) -> Iterator[Piece]:
-        """This rank's share of the trained floats and their moments, whole tensors each. All ranks iterate."""
-        if self.optimizer_steps:
-            tie_moments(self.engine)
-        parameters = ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
-        for number, (name, parameter) in enumerate(parameters):
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                values = {"value": parameter.detach().clone()}
-            if self.optimizer_steps:
-                values |= {key: full_moment(self.optimizer, parameter, key) for key in MOMENTS}
-            if number % self.communicator.world_size == self.communicator.rank:
-                for key, value in values.items():
-                    yield Piece(f"float/{name}/{key}", 0, value)
+        """This rank's share of the trained floats and their moments."""
+        rank, ranks = self.communicator.rank, self.communicator.world_size
+        for name, part in kept_parts(self.engine, self.optimizer, rank).items():
+            first, end = 0, part.value.numel()
+            if self.zero_stage == 0:  # every rank keeps all
+                first, end = end * rank // ranks, end * (rank + 1) // ranks
+            for key, values in {"value": part.value, **part.moments}.items():
+                yield Piece(f"float/{name}/{key}", part.first + first, values[first:end])
 
     @property
     def optimizer_steps(self) -> int:
@@ -159,8 +155,10 @@ class Engine:
             group["lr"] = base * factor
         self._schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if shared["optimizer_steps"]:
-            parameters = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
-            restore_moments(self.engine, self.optimizer, parameters, shared["optimizer_steps"], saved)
+            make_moments(self.engine, self.optimizer, shared["optimizer_steps"])
+            for name, part in kept_parts(self.engine, self.optimizer, self.communicator.rank).items():
+                for key, values in part.moments.items():
+                    values.copy_(saved.read(f"float/{name}/{key}", part.first, values.numel()))
 
     def close(self) -> None:
         self.engine.destroy()
