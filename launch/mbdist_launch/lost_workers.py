@@ -1,4 +1,5 @@
-"""Notes why Ray starts the workers of a run again: what kills a worker leaves it no time to say so itself."""
+"""When workers fail, beside Ray Train's controller: a loss is noted and Ray starts them again; not for what the user
+has to mend."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ from pathlib import Path
 
 from ray.train import UserCallback
 
+from mbdist.errors import RunError
 from mbdist.train.metrics import MetricsWriter
 
 _LONGEST = 300  # characters of a cause; all of it is in the workers' logs, or Ray's
 
 
 class LostWorkers(UserCallback):
-    """Runs beside Ray Train's controller."""
+    """Writes why workers were lost into the metrics: what kills a worker leaves it no time to say so itself."""
 
     def __init__(
         self,
@@ -23,7 +25,7 @@ class LostWorkers(UserCallback):
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
         if self._ended.exists():
-            return
+            raise RunError("the workers have said why the run ends")  # which is the controller's end, too
         causes = {rank: str(error).strip().splitlines() for rank, error in sorted(worker_exceptions.items())}
         described = [f"worker {rank} was lost: {lines[-1][:_LONGEST]}" for rank, lines in causes.items() if lines]
         MetricsWriter(self._metrics).write("workers_lost", workers=sorted(causes), error="; ".join(described))

@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 
 from mbdist.bench.process import in_own_process
-from mbdist.bench.start import SHAPES
 from mbdist.config import RunConfig
 from mbdist.config.schema import ConvertConfig, ModelConfig
 from mbdist.train.peak_memory import forget_peak, resident_bytes
@@ -22,7 +21,7 @@ from mbdist.train.peak_memory import forget_peak, resident_bytes
 
 def bench_convert(
     config: RunConfig,  # whose tokenizer and text are used
-    shape: str,  # of SHAPES
+    shape: str,  # of llama_shapes.SHAPES
     layers: int,  # instead of the shape's
     convert: ConvertConfig,
     scratch: Path | None,  # for the model and what it becomes
@@ -47,15 +46,14 @@ def bench_convert(
 
 def _write_model(config: RunConfig, shape: str, layers: int, folder: str) -> dict:
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
+    from mbdist.bench.llama_shapes import llama_config
     from mbdist.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    sizes = SHAPES[shape] | {"num_hidden_layers": layers}
-    llama = LlamaConfig(**sizes, vocab_size=len(tokenizer), tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(llama_config(shape, len(tokenizer), layers), dtype=torch.bfloat16)
     model.save_pretrained(f"{folder}/float")
     tokenizer.save_pretrained(f"{folder}/float")
     return {}

@@ -23,20 +23,6 @@ from mbdist.config import RunConfig, parse_config
 from mbdist.errors import RunError
 from mbdist.train.peak_memory import forget_peak, resident_bytes
 
-SHAPES = {  # of transformers' LlamaConfig
-    name: dict(
-        zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes, strict=True)
-    )
-    for name, sizes in {
-        "10m": (256, 768, 4, 4),
-        "300m": (1536, 4096, 12, 12),
-        "1b": (2048, 5504, 24, 16),
-        "3b": (3200, 8640, 26, 32),
-        "7b": (4096, 11008, 32, 32),
-        "13b": (5120, 13824, 40, 40),
-    }.items()
-}
-
 _SETTINGS = {
     "loss.teacher": "none",
     "train.steps": 10,
@@ -53,7 +39,7 @@ _BUFFERS = 32 << 20  # of files on their way into tensors, and what the allocato
 
 def bench_start(
     config: RunConfig,
-    shape: str,  # of SHAPES
+    shape: str,  # of llama_shapes.SHAPES
     planes: int,
     ranks: int,
     steps: int,  # to take after the start
@@ -123,8 +109,9 @@ def write_random_model(config: str, shape: str, planes: int, folder: str) -> Non
     """A multi-Boolean LLaMA with random planes, floats in bf16, and the tokenizer of the run config (JSON)."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
+    from mbdist.bench.llama_shapes import llama_config
     from mbdist.config.schema import ModelConfig
     from mbdist.model.layers import convertible_layers, is_scale
     from mbdist.model.loading import empty_model, load_tokenizer
@@ -132,9 +119,7 @@ def write_random_model(config: str, shape: str, planes: int, folder: str) -> Non
     from mbdist.model.saving import save_gathered_model
 
     tokenizer = load_tokenizer(RunConfig.model_validate_json(config).model)
-    llama = LlamaConfig(
-        **SHAPES[shape], vocab_size=len(tokenizer), tie_word_embeddings=False, bos_token_id=0, eos_token_id=0
-    )
+    llama = llama_config(shape, len(tokenizer))
     with init_empty_weights():
         layers = convertible_layers(AutoModelForCausalLM.from_config(llama))
     llama.quantization_config = MultiBooleanConfig(planes=dict.fromkeys(layers, planes)).to_dict()

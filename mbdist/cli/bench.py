@@ -202,7 +202,8 @@ def start(
 
     Example: `mbdist bench start --shape 7b --json docs/benchmarks/start.json`
     """
-    from mbdist.bench.start import SHAPES, bench_start
+    from mbdist.bench.llama_shapes import SHAPES
+    from mbdist.bench.start import bench_start
     from mbdist.config import load_config
 
     check_folder(json_file)
@@ -227,7 +228,7 @@ def convert(
     Example: `mbdist bench convert --shape 7b --layers 4 --init svid --planes 1 --json convert.json`
     """
     from mbdist.bench.convert import bench_convert
-    from mbdist.bench.start import SHAPES
+    from mbdist.bench.llama_shapes import SHAPES
     from mbdist.config import load_config
     from mbdist.config.schema import ConvertConfig
 

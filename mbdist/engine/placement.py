@@ -22,7 +22,7 @@ from mbdist.engine.zero3 import keep_resident
 from mbdist.free_memory import giving_back_at_once
 from mbdist.model.layers import boolean_layers
 from mbdist.model.weights import Weights
-from mbdist.optim.boolean import trained_planes
+from mbdist.optim.accumulated import trained_planes
 
 
 def place(

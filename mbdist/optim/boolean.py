@@ -21,7 +21,6 @@ World size 1 runs the same code. Source of the rule: BOLD (arXiv 2405.16339, alg
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -37,6 +36,7 @@ from mbdist.comm.signal_reduction import FlatReduction, NodeReduction, SignalRed
 from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
+from mbdist.optim.accumulated import Accumulated, plane_name, plane_sets
 from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import within_caps
 from mbdist.optim.integration import Integration, integration
@@ -61,31 +61,6 @@ from mbdist_kernels import (
 # Contribution numbers that no micro-batch has, for random bits of other uses.
 _LOTTERY = 1 << 32
 _CODEC = 1 << 33
-_NONE = torch.empty(0, dtype=torch.int64)
-_RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
-
-
-@dataclass
-class Accumulated:
-    """One accumulator a weight of a layer on this rank, and what its candidates may flip."""
-
-    name: str
-    number: int  # of the accumulator: part of the keys of its random bits
-    layer: MultiBooleanLinear
-    matrix: int  # number of the layer
-    planes: list[int]  # those it may flip
-    segments: Segments
-    accumulator: torch.Tensor  # of the owned part's 32 P weights, in the optimizer's format
-    step_size: float  # eta of this matrix
-    beta_q15: int = 0  # decay of the next step: 1 - share of bits just flipped; 0 before the first
-    columns: torch.Tensor | None = None  # (32 W,): the owner's part of the column factor, of this step's signals
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None  # (K, m), (K, n) as this step's backward saw them
-    probe: torch.Tensor | None = None  # (32 P,) fp32: this step's signal, while it is probed
-    recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))  # elements that flipped
-
-    @property
-    def partition(self) -> WordPartition:
-        return self.segments.partition
 
 
 @dataclass
@@ -100,29 +75,6 @@ class FlipReport:
 
     def total(self) -> int:
         return sum(self.flips.values())
-
-
-def plane_name(layer: str, k: int) -> str:
-    """As the model names the parameter."""
-    return f"{layer}.plane_{k}"
-
-
-def plane_sets(chosen: str | list[int], num_planes: int) -> list[list[int]]:
-    """For ``boolean.planes``: the planes that each accumulator of a layer of so many planes may flip."""
-    match chosen:
-        case "levels" | "alternating":
-            return [list(range(num_planes))]
-        case "last":
-            return [[num_planes - 1]]
-        case "all":
-            return [[k] for k in range(num_planes)]
-        case _:
-            return [[k] for k in chosen if k < num_planes]
-
-
-def trained_planes(chosen: str | list[int], num_planes: int) -> set[int]:
-    """The planes that some accumulator may flip."""
-    return {k for planes in plane_sets(chosen, num_planes) for k in planes}
 
 
 def adapted(step_size: float, crowding: float, most: float) -> float:
@@ -191,6 +143,8 @@ class BooleanOptimizer:
                         matrix,
                         planes,
                         Segments(layer.out_features, layer.in_features, partition),
+                        communicator.rank,
+                        self.format,
                         accumulator,
                         config.step_size,
                     )
@@ -292,18 +246,11 @@ class BooleanOptimizer:
                 entry.beta_q15 if contribution == 0 else FIXED_ONE,
                 self._integration().limit,
                 [self._key(contribution, entry)],
-                self._first_element(entry),
+                entry.first_element,
                 self.format,
             )
         if self._host is not None:
             self._host.put_back(entry.accumulator, accumulator)
-
-    def _first_element(self, entry: Accumulated) -> int:
-        return entry.partition.first_word(self.communicator.rank) * WORD_BITS
-
-    def _entries_owned(self, entry: Accumulated) -> int:
-        """Of the accumulator's tensor, without the padding of the last part."""
-        return entry.partition.words_owned(self.communicator.rank) * WORD_BITS // self.format.per_entry
 
     def _key(self, contribution: int, entry: Accumulated) -> int:
         return fold_key(self.seed, self.step_count, contribution, entry.number)
@@ -372,7 +319,7 @@ class BooleanOptimizer:
             for k in self._planes_that_flip(entry):
                 flips = moves.elements[(moves.flipped >> k) & 1 == 1]
                 masks[entry.matrix, k] = flip_mask(flips, entry.partition.words_per_rank)
-            counts[i] = torch.tensor([len(found.elements), len(moves.elements), self._flipped_back(entry, moves)])
+            counts[i] = torch.tensor([len(found.elements), len(moves.elements), entry.flipped_back(moves.elements)])
             # Behind zero by the guard: flipping back takes more evidence than flipping did.
             reset = moves.values.sign() * (self.config.guard * self.format.threshold)
             kept_on = entry.accumulator.device
@@ -409,7 +356,7 @@ class BooleanOptimizer:
             width = words_per_row(entry.layer.in_features) * WORD_BITS
             positions = moves.elements.long()
             ratio = entry.probe[positions] / entry.step_size
-            positions = positions + self._first_element(entry)
+            positions = positions + entry.first_element
             cost = rows[positions // width] * columns[positions % width]
             changes[i] = (cost * (2 * ratio * moves.steps + 2 * moves.steps.square())).double().sum()
         totals = self.communicator.all_reduce_sum(changes, "flip_counts").tolist()
@@ -425,7 +372,7 @@ class BooleanOptimizer:
             raise RuntimeError("flips are decided after a backward pass")
         words = [self.store.owned_words(entry.matrix, k) for k in entry.planes]
         row_elements = words_per_row(entry.layer.in_features) * WORD_BITS
-        return level_moves(elements, values, words, *entry.scales, self._first_element(entry), row_elements)
+        return level_moves(elements, values, words, *entry.scales, entry.first_element, row_elements)
 
     def _within_caps(
         self, training: list[Accumulated], candidates: list[Candidates], caps: list[int]
@@ -434,17 +381,11 @@ class BooleanOptimizer:
 
         def tickets(number: int, players: Candidates) -> torch.Tensor:
             entry = training[number]
-            return draw_tickets(self._key(_LOTTERY, entry), players.elements.long() + self._first_element(entry))
+            return draw_tickets(self._key(_LOTTERY, entry), players.elements.long() + entry.first_element)
 
         return within_caps(
             candidates, caps, tickets, lambda counts: self.communicator.all_reduce_sum(counts, "flip_counts")
         )
-
-    def _flipped_back(self, entry: Accumulated, moves: Candidates) -> int:
-        """How many of the moves are of elements that moved lately; remembers these."""
-        back = int(torch.isin(moves.elements, torch.cat(list(entry.recent))).sum()) if entry.recent else 0
-        entry.recent.append(moves.elements)
-        return back
 
     # State.
 
@@ -471,7 +412,7 @@ class BooleanOptimizer:
         """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of this rank's part."""
         found = {}
         for entry in self.accumulated:
-            used = self._on_device(entry)[: self._entries_owned(entry)]
+            used = self._on_device(entry)[: entry.entries_owned]
             size = accumulated_values(used).float().abs() / self.format.threshold
             counts = torch.histc(size, bins=256, min=0, max=2)
             share = counts.cumsum(0) / max(1, size.numel())
@@ -482,22 +423,14 @@ class BooleanOptimizer:
 
     def state_pieces(self) -> list[Piece]:
         """What this rank alone has: its parts of accumulators and planes, in coordinates of the whole matrices."""
-        rank = self.communicator.rank
-        pieces = []
         self._settle()
+        pieces = [piece for entry in self.accumulated for piece in entry.state_pieces()]
+        names, rank = list(self.layers), self.communicator.rank
         for entry in self.accumulated:
-            words = entry.partition.words_owned(rank)
-            first = self._first_element(entry)
-            accumulator = entry.accumulator[: self._entries_owned(entry)]
-            pieces.append(Piece(f"accumulator/{entry.name}", first // self.format.per_entry, accumulator))
             for k in entry.planes:
-                owned = self.store.owned_words(entry.matrix, k)[:words]
-                name = f"plane/{plane_name(self._name_of(entry), k)}"
-                pieces.append(Piece(name, entry.partition.first_word(rank), owned))
-            ages = torch.cat([torch.full_like(flipped, age) for age, flipped in enumerate(entry.recent)] or [_NONE])
-            elements = torch.cat(list(entry.recent) or [_NONE])
-            flips = torch.stack([elements.long() + first, ages.long()], dim=1)
-            pieces.append(Piece(f"recent/{entry.name}", 2 * first, flips))
+                words = self.store.owned_words(entry.matrix, k)[: entry.partition.words_owned(rank)]
+                name = plane_name(names[entry.matrix], k)
+                pieces.append(Piece(f"plane/{name}", entry.partition.first_word(rank), words))
         if rank == 0:
             pieces.append(Piece("curvature", 0, self.curvature.smoothed))
         return pieces
@@ -508,14 +441,7 @@ class BooleanOptimizer:
             "step": self.step_count,
             "curvature_steps": self.curvature.steps,
             "tokens": self.curvature.smoothed_tokens,
-            "accumulators": {
-                entry.name: {
-                    "beta_q15": entry.beta_q15,
-                    "step_size": entry.step_size,
-                    "recent_steps": len(entry.recent),
-                }
-                for entry in self.accumulated
-            },
+            "accumulators": {entry.name: entry.shared_state() for entry in self.accumulated},
         }
 
     def load_state(self, shared: dict, saved: Checkpoint) -> None:
@@ -525,28 +451,8 @@ class BooleanOptimizer:
         if mine != theirs:
             raise UserError(f"{saved.folder} is of other layers or planes: {', '.join(sorted(mine ^ theirs)[:3])} ...")
         for entry in self.accumulated:
-            of_entry = shared["accumulators"][entry.name]
-            first = self._first_element(entry)
-            count = self._entries_owned(entry)
-            accumulator = saved.read(f"accumulator/{entry.name}", first // self.format.per_entry, count)
-            if count and accumulator.dtype != self.format.dtype:
-                raise UserError(
-                    f"{saved.folder} has accumulators of {accumulator.dtype}, and boolean.accumulator = "
-                    f"{self.config.accumulator} is kept in {self.format.dtype}: resume with the version that wrote it"
-                )
-            entry.accumulator[:count].copy_(accumulator)
-            entry.beta_q15, entry.step_size = of_entry["beta_q15"], of_entry["step_size"]
-            flips = torch.cat([piece.view(-1, 2) for piece in saved.pieces(f"recent/{entry.name}")])
-            last = first + count * self.format.per_entry
-            mine_of_flips = flips[(flips[:, 0] >= first) & (flips[:, 0] < last)]
-            entry.recent.clear()
-            for age in range(of_entry["recent_steps"]):
-                elements = mine_of_flips[mine_of_flips[:, 1] == age, 0] - first
-                entry.recent.append(elements.to(self.device))
+            entry.load_state(shared["accumulators"][entry.name], saved)
         self.curvature.smoothed.copy_(saved.whole("curvature", self.curvature.smoothed))
         self.curvature.steps = shared["curvature_steps"]
         self.curvature.smoothed_tokens = shared["tokens"]
         self.step_count = shared["step"]
-
-    def _name_of(self, entry: Accumulated) -> str:
-        return list(self.layers)[entry.matrix]

@@ -11,7 +11,7 @@ from mbdist.comm.step_bytes import TrainedMatrix, TrainedModel, step_bytes
 from mbdist.config.schema import BooleanOptimizerConfig, RunConfig
 from mbdist.model.layers import boolean_layers
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.optim.boolean import plane_sets, trained_planes
+from mbdist.optim.accumulated import plane_sets, trained_planes
 from mbdist.plan.fake import with_fake_tensors
 from mbdist.plan.model import PlannedModel
 from mbdist.plan.rates import Rates

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -65,7 +67,11 @@ def cluster(tmp_path_factory):
     """(address of the job server, nodes: the head and two more, what starts one more)."""
     port, dashboard = processes.free_port(), processes.free_port()
     logs = tmp_path_factory.mktemp("cluster")
-    kinds = [["--head", f"--port={port}", f"--dashboard-port={dashboard}"], *[[f"--address=127.0.0.1:{port}"]] * 2]
+    # In Ray's usual folder an address would stay behind, where later runs on this machine would look for a cluster. Its
+    # sockets need a short path.
+    scratch = tempfile.mkdtemp(prefix="ray-")
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch}"]
+    kinds = [head, *[[f"--address=127.0.0.1:{port}"]] * 2]
     nodes = [
         start_node(logs / str(number), *kind, f"--dashboard-agent-listen-port={processes.free_port()}")
         for number, kind in enumerate(kinds)
@@ -79,6 +85,7 @@ def cluster(tmp_path_factory):
     for node in nodes:
         if node.poll() is None:
             kill_node(node)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def settings_of(run_dir, model, **cluster):
