@@ -1,7 +1,8 @@
 """``mbdist bench checkpoint``: what writing checkpoints in the background costs the steps meanwhile.
 
 One real run (`mbdist launch local`) of a random model saves every few steps. Its steps are told apart by its own log:
-those in which a snapshot was taken or a thread was writing, and the others, among them in time, which are the baseline.
+those in which a snapshot was taken or a thread was writing, and the others, of which the nearest before and after are
+the baseline: machines get slower and faster while they run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 import statistics
 import tempfile
+from itertools import compress
+from operator import not_
 from pathlib import Path
 
 import torch
@@ -23,9 +26,9 @@ _WARM_UP_STEPS = 2
 
 
 def bench_checkpoint(config: RunConfig, json_file: Path | None) -> dict:
-    """Print, write into ``json_file`` where given, and return the ratio of the medians of the seconds of steps with and
-    without a checkpoint being saved, and what a checkpoint is: its MB, seconds of writing, seconds that its snapshot
-    held up a step."""
+    """Print, write into ``json_file`` where given, and return the median of the ratios of the seconds of steps with a
+    checkpoint being saved to those beside them without, and what a checkpoint is: its MB, seconds of writing, seconds
+    that its snapshot held up a step."""
     with tempfile.TemporaryDirectory() as scratch:
         model = small_model(config.model, Path(scratch) / "model", _HIDDEN, _BLOCKS)
         config = config.model_copy(update={"model": model, "run_dir": f"{scratch}/run"})
@@ -34,11 +37,12 @@ def bench_checkpoint(config: RunConfig, json_file: Path | None) -> dict:
         saved = [record for record in records if record["event"] == "checkpoint"]
         num_bytes = sum(file.stat().st_size for file in Path(saved[-1]["folder"]).iterdir())
     steps = [record for record in records if record["event"] == "step" and record["step"] > _WARM_UP_STEPS]
-    meanwhile = [step["seconds"] for step in steps if any(_overlap(step, each) for each in saved)]
-    alone = [step["seconds"] for step in steps if not any(_overlap(step, each) for each in saved)]
+    saving = [any(_overlap(step, each) for each in saved) for step in steps]
+    seconds = [step["seconds"] for step in steps]
+    meanwhile, alone = (list(compress(seconds, chosen)) for chosen in (saving, map(not_, saving)))
     (start_record, *_) = [record for record in records if record["event"] == "start"]
     result = {
-        "step_time_ratio": round(statistics.median(meanwhile) / statistics.median(alone), 3),
+        "step_time_ratio": round(statistics.median(_beside_others(seconds, saving)), 3),
         "step_s": round(statistics.median(alone), 3),
         "step_while_saving_s": round(statistics.median(meanwhile), 3),
         "steps": {"while_saving": len(meanwhile), "others": len(alone)},
@@ -56,6 +60,17 @@ def bench_checkpoint(config: RunConfig, json_file: Path | None) -> dict:
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _beside_others(seconds: list[float], saving: list[bool]) -> list[float]:
+    """The seconds of every step in which one was saved, over the mean of the nearest others before and after it."""
+    others = [number for number, saved in enumerate(saving) if not saved]
+    ratios = []
+    for number, saved in enumerate(saving):
+        before, after = [o for o in others if o < number], [o for o in others if o > number]
+        if saved and before and after:
+            ratios.append(2 * seconds[number] / (seconds[before[-1]] + seconds[after[0]]))
+    return ratios
 
 
 def _overlap(step: dict, checkpoint: dict) -> bool:
