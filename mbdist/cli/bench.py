@@ -190,7 +190,7 @@ def start(
     config: Annotated[str, typer.Option(help="Run config whose tokenizer, data and optimizers are used.")] = (
         "configs/comm.yaml"
     ),
-    shape: Annotated[str, typer.Option(help="Of the LLaMA: 10m, 300m, 1b, 3b, 7b, 13b.")] = "7b",
+    shape: Annotated[str, typer.Option(help="Of the LLaMA: 10m, 300m, 700m, 1b, 3b, 7b, 13b.")] = "7b",
     planes: Annotated[int, typer.Option(min=1, max=8, help="K.")] = 2,
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[int, typer.Option(min=0, help="Steps to take after the start.")] = 0,
@@ -216,7 +216,7 @@ def start(
 def convert(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help="Run config whose tokenizer and text are used.")] = "configs/comm.yaml",
-    shape: Annotated[str, typer.Option(help="Width of the LLaMA: 10m, 300m, 1b, 3b, 7b, 13b.")] = "7b",
+    shape: Annotated[str, typer.Option(help="Width of the LLaMA: 10m, 300m, 700m, 1b, 3b, 7b, 13b.")] = "7b",
     layers: Annotated[int, typer.Option(min=1, help="Instead of the shape's.")] = 2,
     planes: Annotated[int, typer.Option(min=1, max=8, help="K.")] = 2,
     init: Annotated[str, typer.Option(help="svid, joint or calibrated.")] = "joint",

@@ -18,6 +18,7 @@ def made_partitioned(make: Callable[[], nn.Module], config: RunConfig) -> nn.Mod
     """The model that ``make`` makes, in bf16, every parameter cut over the ranks by ZeRO-3 as soon as it is there."""
     settings = deepspeed_config(config)
     settings["bf16"] = {"enabled": True}
+    deepspeed.init_distributed()  # takes over the group that is there
     with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
         return make()
 
