@@ -12,7 +12,7 @@ from mbdist.comm.codecs import Segments
 from mbdist.comm.partition import WordPartition
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist_kernels import WORD_BITS, AccumulatorFormat
+from mbdist_kernels import ACCUMULATOR_FORMATS, WORD_BITS, AccumulatorFormat
 
 _NONE = torch.empty(0, dtype=torch.int64)
 _RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
@@ -78,8 +78,9 @@ class Accumulated:
         count = self.entries_owned
         accumulator = saved.read(f"accumulator/{self.name}", self._first_entry, count)
         if count and accumulator.dtype != self.format.dtype:
+            (name,) = (name for name, known in ACCUMULATOR_FORMATS.items() if known is self.format)
             raise UserError(
-                f"{saved.folder} has accumulators of {accumulator.dtype}, and boolean.accumulator is kept in "
+                f"{saved.folder} has accumulators of {accumulator.dtype}, and boolean.accumulator = {name} is kept in "
                 f"{self.format.dtype}: resume with the version that wrote it"
             )
         self.accumulator[:count].copy_(accumulator)
