@@ -11,8 +11,6 @@ import json
 import os
 import statistics
 import tempfile
-from itertools import compress
-from operator import not_
 from pathlib import Path
 
 import torch
@@ -39,7 +37,8 @@ def bench_checkpoint(config: RunConfig, json_file: Path | None) -> dict:
     steps = [record for record in records if record["event"] == "step" and record["step"] > _WARM_UP_STEPS]
     saving = [any(_overlap(step, each) for each in saved) for step in steps]
     seconds = [step["seconds"] for step in steps]
-    meanwhile, alone = (list(compress(seconds, chosen)) for chosen in (saving, map(not_, saving)))
+    meanwhile = [each for each, busy in zip(seconds, saving, strict=True) if busy]
+    alone = [each for each, busy in zip(seconds, saving, strict=True) if not busy]
     (start_record, *_) = [record for record in records if record["event"] == "start"]
     result = {
         "step_time_ratio": round(statistics.median(_beside_others(seconds, saving)), 3),

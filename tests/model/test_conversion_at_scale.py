@@ -320,10 +320,10 @@ def test_a_disk_that_fills_up_costs_nothing_that_is_done(tmp_path, llama_folder)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Blocks of 50 MB in fp32; with ten more of them, a model held whole would take 500 MB more. The peak is the
+    """Blocks of 50 MB in fp32; with twenty more of them, a model held whole would take 1 GB more. The peak is the
     highest of the blocks' own, which differ by tens of MB: a model of few blocks meets fewer of them."""
     peaks = {}
-    for layers in (6, 16):
+    for layers in (6, 26):
         folder = tmp_path / f"float-{layers}"
         sizes = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "vocab_size": 512}
         config = transformers.LlamaConfig(num_hidden_layers=layers, **sizes)
@@ -337,4 +337,4 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         )
         done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=300)
         peaks[layers] = int(done.stdout) / 1024
-    assert peaks[16] < peaks[6] + 150, peaks
+    assert peaks[26] < peaks[6] + 150, peaks  # 7.5 MB a layer
