@@ -35,8 +35,8 @@ from mbdist_kernels.linear_backward import (
     linear_backward_weight,
     scale_gradients_and_signals,
 )
-from mbdist_kernels.linear_decode import linear_decode
-from mbdist_kernels.linear_forward import linear_forward
+from mbdist_kernels.linear_decode import linear_decode, linear_decode_together
+from mbdist_kernels.linear_forward import decodes, linear_forward
 from mbdist_kernels.nearest_levels import nearest_levels, signs_of_codes
 from mbdist_kernels.pack import pack_signs
 from mbdist_kernels.popcount import popcount, popcount_by_block
@@ -63,6 +63,7 @@ __all__ = [
     "bits_at",
     "column_square_sums",
     "decode_rows",
+    "decodes",
     "dequantize",
     "draw_signs",
     "draw_tickets",
@@ -77,6 +78,7 @@ __all__ = [
     "linear_backward_input",
     "linear_backward_weight",
     "linear_decode",
+    "linear_decode_together",
     "linear_forward",
     "nearest_levels",
     "pack_signs",

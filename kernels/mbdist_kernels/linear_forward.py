@@ -35,6 +35,23 @@ def linear_forward(
     return _linear_forward(x, planes, scale_out, scale_in, bias)
 
 
+def decodes(num_tokens: int, dtype: torch.dtype, device: torch.device, num_planes: int) -> bool:
+    """Whether ``linear_forward`` of so many tokens is ``linear_decode``, straight from packed words."""
+    return (_decodes_on_cpu if device.type == "cpu" else _decodes_on_gpu)(num_tokens, dtype, num_planes)
+
+
+def _decodes_on_cpu(num_tokens: int, _dtype: torch.dtype, num_planes: int) -> bool:
+    """Not without the accelerator, whose sums over packed words are what pays."""
+    packed_below = min(settings("dense_from_cpu", num_planes)["tokens"], MOST_TOKENS + 1)
+    return 0 < num_tokens < packed_below and native.accelerator() is not None
+
+
+def _decodes_on_gpu(num_tokens: int, dtype: torch.dtype, num_planes: int) -> bool:
+    """In bf16 alone, in which the kernel multiplies."""
+    packed_below = min(settings("dense_from", num_planes)["tokens"], MOST_TOKENS + 1)
+    return dtype == torch.bfloat16 and 0 < num_tokens < packed_below
+
+
 def linear_forward_reference(x, planes, scale_out, scale_in, bias):
     """In plain torch, the weight dense in x's dtype."""
     y = x @ dequantize_reference(planes, scale_out, scale_in).to(x.dtype).T
@@ -42,21 +59,19 @@ def linear_forward_reference(x, planes, scale_out, scale_in, bias):
 
 
 def linear_forward_cpu(x, planes, scale_out, scale_in, bias):
-    """Packed or dense; dense alone without the accelerator, whose sums over packed words are what pays."""
-    packed_below = min(settings("dense_from_cpu", len(planes))["tokens"], MOST_TOKENS + 1)
-    if 0 < len(x) < packed_below and native.accelerator() is not None:
+    """Packed or dense."""
+    if _decodes_on_cpu(len(x), x.dtype, len(planes)):
         return _add_bias(linear_decode(x, planes, scale_out, scale_in), bias)
     return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
 
 
 def linear_forward_triton(x, planes, scale_out, scale_in, bias):
     """Packed, in tiles or dense; dense alone where x is not in bf16, in which the two others multiply."""
-    tokens = len(x)
-    dense_from = settings("dense_from", len(planes))["tokens"]
-    if x.dtype != torch.bfloat16 or tokens >= dense_from or not tokens:
+    if _decodes_on_gpu(len(x), x.dtype, len(planes)):
+        return _add_bias(linear_decode(x, planes, scale_out, scale_in), bias)
+    if x.dtype != torch.bfloat16 or not 0 < len(x) < settings("dense_from", len(planes))["tokens"]:
         return linear_by_dense_weight(x, planes, scale_out, scale_in, bias)
-    multiply = linear_decode if tokens <= MOST_TOKENS else linear_in_tiles_triton
-    return _add_bias(multiply(x, planes, scale_out, scale_in), bias)
+    return _add_bias(linear_in_tiles_triton(x, planes, scale_out, scale_in), bias)
 
 
 def linear_by_dense_weight(x, planes, scale_out, scale_in, bias):

@@ -255,30 +255,46 @@ void signed_sums(const int32_t* words, int64_t words_per_row, const float* x, fl
 #endif
 }
 
-void linear_decode(const Planes& p, const float* x, int64_t tokens, float* y, int threads) {
-  const int64_t padded = p.words_per_row * kWordBits;
-  std::vector<float> inputs(p.count * tokens * padded, 0.0f), whole(p.count * tokens);  // s_in x, and its sums
-  for (int64_t k = 0; k < p.count; ++k)
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* scaled = inputs.data() + (k * tokens + t) * padded;
+// Rows of all `weights` by one team of threads; y is (tokens, their rows side by side).
+void linear_decode(const Planes* weights, int64_t num_weights, const float* x, int64_t tokens, float* y, int threads) {
+  const int64_t columns = weights[0].columns, padded = weights[0].words_per_row * kWordBits, planes = weights[0].count;
+  std::vector<int64_t> first_row(num_weights + 1, 0), first_turn(num_weights + 1, 0);
+  for (int64_t i = 0; i < num_weights; ++i) {
+    first_row[i + 1] = first_row[i] + weights[i].rows;
+    first_turn[i + 1] = first_turn[i] + (weights[i].rows + kRowsTogether - 1) / kRowsTogether;
+  }
+  const int64_t num_inputs = num_weights * planes * tokens;
+  std::vector<float> inputs(num_inputs * padded, 0.0f), whole(num_inputs);  // s_in x, and its sums
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t input = 0; input < num_inputs; ++input) {
+      const int64_t t = input % tokens, k = input / tokens % planes;
+      const float* scale = weights[input / tokens / planes].scale_in + k * columns;
+      float* scaled = inputs.data() + input * padded;
       float lanes[kWordBits] = {}, total = 0.0f;
-      for (int64_t j = 0; j < p.columns; ++j) scaled[j] = x[t * p.columns + j] * p.scale_in[k * p.columns + j];
+      for (int64_t j = 0; j < columns; ++j) scaled[j] = x[t * columns + j] * scale[j];
       for (int64_t j = 0; j < padded; ++j) lanes[j % kWordBits] += scaled[j];
       for (int b = 0; b < kWordBits; ++b) total += lanes[b];
-      whole[k * tokens + t] = total;
+      whole[input] = total;
     }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t first = 0; first < p.rows; first += kRowsTogether) {
-    const int count = static_cast<int>(std::min<int64_t>(kRowsTogether, p.rows - first));
-    for (int64_t t = 0; t < tokens; ++t) {
-      float result[kRowsTogether] = {}, sums[kRowsTogether];
-      for (int64_t k = 0; k < p.count; ++k) {
-        const int64_t input = k * tokens + t;
-        signed_sums(p.words[k] + first * p.words_per_row, p.words_per_row, inputs.data() + input * padded,
-                    whole[input], count, sums);
-        for (int r = 0; r < count; ++r) result[r] += p.scale_out[k * p.out_stride + first + r] * sums[r];
+#pragma omp for schedule(static)
+    for (int64_t turn = 0; turn < first_turn[num_weights]; ++turn) {
+      int64_t i = 0;
+      while (turn >= first_turn[i + 1]) ++i;
+      const Planes& p = weights[i];
+      const int64_t first = (turn - first_turn[i]) * kRowsTogether;
+      const int count = static_cast<int>(std::min<int64_t>(kRowsTogether, p.rows - first));
+      for (int64_t t = 0; t < tokens; ++t) {
+        float result[kRowsTogether] = {}, sums[kRowsTogether];
+        for (int64_t k = 0; k < planes; ++k) {
+          const int64_t input = (i * planes + k) * tokens + t;
+          signed_sums(p.words[k] + first * p.words_per_row, p.words_per_row, inputs.data() + input * padded,
+                      whole[input], count, sums);
+          for (int r = 0; r < count; ++r) result[r] += p.scale_out[k * p.out_stride + first + r] * sums[r];
+        }
+        std::copy_n(result, count, y + t * first_row[num_weights] + first_row[i] + first);
       }
-      std::copy_n(result, count, y + t * p.rows + first);
     }
   }
 }
@@ -577,8 +593,9 @@ void mbdist_scale_gradients_and_signals(const Planes* planes, const void* gradie
   });
 }
 
-void mbdist_linear_decode(const Planes* planes, const float* x, int64_t tokens, float* y, int threads) {
-  linear_decode(*planes, x, tokens, y, threads);
+void mbdist_linear_decode(const Planes* weights, int64_t num_weights, const float* x, int64_t tokens, float* y,
+                          int threads) {
+  linear_decode(weights, num_weights, x, tokens, y, threads);
 }
 
 void mbdist_column_square_sums(const void* values, int is_bf16, int64_t rows, int64_t columns, double* sums,

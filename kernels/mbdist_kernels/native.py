@@ -208,12 +208,17 @@ def scale_gradients_and_signals(gradient, planes, scale_out, scale_in, grad_scal
     )
 
 
-def linear_decode(x, planes, scale_out, scale_in) -> torch.Tensor:
-    view, _alive = _describe(planes, scale_out, scale_in)
+def linear_decode(x, weights) -> torch.Tensor:
+    views, _alive = zip(*(_describe(*weight) for weight in weights), strict=True)
     x = x.contiguous()
-    y = torch.empty(len(x), scale_out.shape[1])
+    y = torch.empty(len(x), sum(view.rows for view in views))
     accelerator().mbdist_linear_decode(
-        ctypes.byref(view), _pointer(x), ctypes.c_int64(len(x)), _pointer(y), torch.get_num_threads()
+        (_Planes * len(views))(*views),
+        ctypes.c_int64(len(views)),
+        _pointer(x),
+        ctypes.c_int64(len(x)),
+        _pointer(y),
+        torch.get_num_threads(),
     )
     return y
 

@@ -24,7 +24,7 @@ class Goal:
 
 
 SQUARE, WIDE = "8192x8192", "28672x8192"
-OF_70B = {SQUARE: 2, "1024x8192": 2, WIDE: 2, "8192x28672": 1}  # matrices in each of its 80 blocks
+OF_70B = ("8192+1024+1024x8192", SQUARE, "28672+28672x8192", "8192x28672")  # launches in each of its 80 blocks
 STEP = ("linear, forward", "linear, dX", "linear, dW to signs and scales")
 GOALS = [
     *(Goal("linear, forward", SQUARE, 1, batch, 2.8, 7) for batch in (1, 16)),
@@ -76,7 +76,7 @@ def _sums(measured: dict[tuple, dict]) -> Iterator[tuple[tuple, dict]]:
     """The rows of goals that are sums of other rows, where all of those were measured."""
     parts: dict[tuple, list[tuple[int, tuple]]] = {}
     for planes in {planes for _, _, planes, _ in measured}:
-        of_model = [(80 * count, ("linear, forward", shape, planes, 1)) for shape, count in OF_70B.items()]
+        of_model = [(80, ("linear, forward", shape, planes, 1)) for shape in OF_70B]
         parts["all linear layers", "70b", planes, 1] = of_model
         parts["forward, dX and dW", SQUARE, planes, 8192] = [(1, (op, SQUARE, planes, 8192)) for op in STEP]
     for whole, summed in parts.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +34,11 @@ from mbdist_kernels.linear_decode import MOST_TOKENS
 
 _ROTATED_BYTES = 256 << 20  # more than any cache holds
 _SECONDS = 0.4  # of measuring a call, on a CPU
-SHAPES = {  # out x in: LLaMA-13B and LLaMA-2-70B
-    "13b": [(5120, 5120), (13824, 5120), (5120, 13824)],
-    "70b": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
+SHAPES = {  # out x in: LLaMA-13B and LLaMA-2-70B; with a plus, matrices that take one input together
+    "13b": ["5120x5120", "13824x5120", "5120x13824", "5120+5120+5120x5120", "13824+13824x5120"],
+    "70b": ["8192x8192", "1024x8192", "28672x8192", "8192x28672", "8192+1024+1024x8192", "28672+28672x8192"],
 }
+SHAPE = r"[1-9]\d*(\+[1-9]\d*)*x[1-9]\d*"
 
 
 # What rows may be called: those of a file that have another name are of code that is gone.
@@ -60,7 +62,7 @@ class Measured:
     """One row; times are medians in microseconds."""
 
     op: str
-    shape: str  # out x in
+    shape: str  # out x in, out + out x in
     planes: int
     batch: int  # tokens; 0 where there are none
     us: float
@@ -68,9 +70,7 @@ class Measured:
     floor_us: float | None
 
 
-def bench_kernels(
-    shapes: list[tuple[int, int]], planes: list[int], tokens: list[int], json_file: Path | None
-) -> list[dict]:
+def bench_kernels(shapes: list[str], planes: list[int], tokens: list[int], json_file: Path | None) -> list[dict]:
     """Measure, print the tables, write ``json_file`` where given (rows of the same device and torch that stand there
     and are not measured now are kept, but for operations that there are no more), and return what was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,9 +83,14 @@ def bench_kernels(
     for other in OTHERS:
         if reason := why_not(other):
             console.print(f"{other}: not measured, {reason}")
-    for m, n in shapes:
+    for shape in shapes:
+        *rows_of, n = map(int, re.split(r"[+x]", shape))
         for count in planes:
-            for row in _measure(m, n, count, tokens, device, bytes_per_us):
+            if len(rows_of) > 1:
+                measured = _measure_together(rows_of, n, count, tokens, device, bytes_per_us)
+            else:
+                measured = _measure(*rows_of, n, count, tokens, device, bytes_per_us)
+            for row in measured:
                 rows.append(asdict(row))
                 table.add_row(*_cells(row))
                 if json_file is not None:  # at once: what was measured stays
@@ -190,6 +195,26 @@ def _measure(
     yield row("dequantize", 0, fill, over(out.copy_, dense_arguments), packed_bytes + 2 * m * n)
     if planes == 1:
         yield from _on_words(m, n, [weight[0][0] for weight in weights], dense, device, row, over)
+
+
+def _measure_together(
+    rows_of: list[int], n: int, planes: int, tokens: list[int], device: torch.device, bytes_per_us: float
+) -> Iterator[Measured]:
+    """Matrices that take one input, in one launch; the baseline has them as one dense matrix."""
+    shape = f"{'+'.join(map(str, rows_of))}x{n}"
+    packed_bytes = sum(planes * (4 * m * kernels.words_per_row(n) + 4 * (m + n)) for m in rows_of)
+    weights = [random_weight(m, n, planes, device) for m in rows_of]
+    copies = [
+        [([plane.clone() for plane in packed], *scales) for packed, *scales in weights]
+        for _ in range(-(-_ROTATED_BYTES // packed_bytes))
+    ]
+    dense = rotated(torch.randn(sum(rows_of), n, device=device, dtype=torch.bfloat16))
+    for batch in tokens:
+        if batch <= MOST_TOKENS:
+            x = torch.randn(batch, n, device=device, dtype=torch.bfloat16)
+            ours = median_us([partial(kernels.linear_decode_together, x, copy) for copy in copies], device)
+            library = median_us([partial(torch.nn.functional.linear, x, weight) for weight in dense], device)
+            yield Measured("linear, forward", shape, planes, batch, ours, library, packed_bytes / bytes_per_us)
 
 
 def _others(m, n, batch, copies, row, library) -> Iterator[Measured]:

@@ -265,7 +265,10 @@ def checkpoint(
 def kernels(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="13b, 70b (all matrices of a block), or OUTxIN; repeatable. Default: 13b, on a GPU 70b too."),
+        typer.Option(
+            help="13b, 70b (all matrices of a block), OUTxIN, or OUT+OUTxIN for matrices on one input; repeatable. "
+            "Default: 13b, on a GPU 70b too."
+        ),
     ] = None,
     planes: Annotated[list[int] | None, typer.Option(min=1, max=8, help="K; repeatable. Default: 1 2 3.")] = None,
     tokens: Annotated[
@@ -285,14 +288,14 @@ def kernels(
     """
     import torch
 
-    from mbdist.bench.kernels import SHAPES, bench_kernels
+    from mbdist.bench.kernels import SHAPE, SHAPES, bench_kernels
 
     check_folder(json_file)
     sizes = []
     on_gpu = torch.cuda.is_available()
     for name in shape or (["13b", "70b"] if on_gpu else ["13b"]):
-        if name not in SHAPES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
+        if name not in SHAPES and not re.fullmatch(SHAPE, name):
             raise UserError(f"--shape {name}: {', '.join(SHAPES)}, or rows and columns as in 5120x5120")
-        sizes += SHAPES.get(name) or [tuple(map(int, name.split("x")))]
+        sizes += SHAPES.get(name) or [name]
     default_tokens = [1, 4, 16, 512, 1024, 2048, 8192] if on_gpu else [1, 4, 6, 8, 12, 16, 512]
     bench_kernels(sizes, planes or [1, 2, 3], tokens or default_tokens, json_file)

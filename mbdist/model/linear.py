@@ -8,7 +8,7 @@ it is saved for backward: the planes are unpacked again there, which is cheaper 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from mbdist_kernels import (
     linear_forward,
     words_per_row,
 )
+
+if TYPE_CHECKING:
+    from mbdist.model.shared_input import SharedInput
 
 
 class SignalSink(Protocol):
@@ -71,6 +74,7 @@ class MultiBooleanLinear(nn.Module):
         self.scale_in = nn.Parameter(torch.ones(num_planes, in_features, **scales))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.signal_sink: SignalSink | None = None
+        self.shared_input: SharedInput | None = None
 
     @property
     def planes(self) -> list[torch.Tensor]:
@@ -90,6 +94,9 @@ class MultiBooleanLinear(nn.Module):
         return self.dense_weight()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., m)
+        if self.shared_input is not None and self.shared_input.serves(self, x):
+            y = self.shared_input.multiply(self, x)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         return _MultiBooleanProduct.apply(x, self.scale_out, self.scale_in, self.bias, self)
 
     def extra_repr(self) -> str:
@@ -99,7 +106,8 @@ class MultiBooleanLinear(nn.Module):
         )
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In what a layer multiplies ``x``: autocast may ask for another dtype than its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -110,7 +118,7 @@ class _MultiBooleanProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale_out, scale_in, bias, layer: MultiBooleanLinear):
-        x = x.to(_compute_dtype(x))
+        x = x.to(product_dtype(x))
         ctx.layer = layer
         ctx.save_for_backward(x)
         y = linear_forward(x.reshape(-1, layer.in_features), layer.planes, scale_out.detach(), scale_in.detach(), bias)

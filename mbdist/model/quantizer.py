@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mbdist.model.layers import put_empty_layers
+from mbdist.model.shared_input import share_inputs
 
 QUANT_METHOD = "mbdist"
 
@@ -36,6 +37,10 @@ class MultiBooleanQuantizer(HfQuantizer):
             put_empty_layers(model, self.quantization_config.planes)
         # Scales are masters: they stay fp32 whatever dtype the rest of the model is loaded in.
         model._keep_in_fp32_modules_strict.update({"scale_out", "scale_in"})
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        share_inputs(model)
         return model
 
     without_weights = False  # while a model is saved whose weights are written by others

@@ -24,7 +24,7 @@ def hurried(monkeypatch):
 
 def test_rows_name_operation_shape_and_baseline(tmp_path):
     results = tmp_path / "kernels.json"
-    rows = bench_kernels([(64, 96)], [1, 2], [1, 32], results)
+    rows = bench_kernels(["64x96"], [1, 2], [1, 32], results)
     written = json.loads(results.read_text())
     assert written["rows"] == rows and written["copy_gb_s"] > 0 and "cpu" in written["device"]
     assert {row["planes"] for row in rows} == {1, 2} and {row["batch"] for row in rows} == {0, 1, 32}
@@ -33,19 +33,27 @@ def test_rows_name_operation_shape_and_baseline(tmp_path):
     assert {row["op"] for row in rows} == {op for op in kernel_bench.OPERATIONS if ":" not in op}
 
 
+def test_matrices_on_one_input_are_decoded_together_beside_one_dense_matrix(tmp_path):
+    rows = bench_kernels(["64+8+8x96", "64x96"], [2], [1, 4, 32], tmp_path / "kernels.json")
+    together = [row for row in rows if row["shape"] == "64+8+8x96"]
+    assert [(row["op"], row["batch"]) for row in together] == [("linear, forward", 1), ("linear, forward", 4)]
+    alone = next(row for row in rows if row["op"] == "linear, forward" and row["batch"] == 1 and row not in together)
+    assert together[0]["floor_us"] / alone["floor_us"] == pytest.approx((80 * 3 + 80 + 3 * 96) / (64 * 3 + 64 + 96))
+
+
 def test_rows_of_other_shapes_are_kept_and_the_same_ones_replaced(tmp_path):
     results = tmp_path / "kernels.json"
-    bench_kernels([(32, 64)], [1], [1], results)
+    bench_kernels(["32x64"], [1], [1], results)
     before = json.loads(results.read_text())
     for row in before["rows"]:
         row["us"] = -1
     others = [before["rows"][0] | {"shape": "1x1"}, before["rows"][0] | {"op": "as it was called before"}]
     results.write_text(json.dumps(before | {"rows": [*before["rows"], *others]}))
-    rows = bench_kernels([(32, 64)], [1], [1], results)
+    rows = bench_kernels(["32x64"], [1], [1], results)
     assert json.loads(results.read_text())["rows"][1:] == rows and len(rows) == len(before["rows"])
     assert all(row["us"] > 0 for row in rows)
     results.write_text(json.dumps(before | {"device": "another"}))
-    bench_kernels([(32, 64)], [1], [1], results)
+    bench_kernels(["32x64"], [1], [1], results)
     assert json.loads(results.read_text())["rows"][0]["us"] > 0, "rows of another device are not mixed in"
 
 
@@ -59,7 +67,7 @@ def test_goals_say_whether_they_were_reached_or_not_measured():
 
 
 def test_goals_of_a_whole_model_and_a_whole_step_are_sums_of_rows():
-    shapes = {"8192x8192": 7.0, "1024x8192": 2.0, "28672x8192": 20.0, "8192x28672": 21.0}
+    shapes = {"8192x8192": 7.0, "8192+1024+1024x8192": 9.0, "28672+28672x8192": 39.0, "8192x28672": 21.0}
     row = {"op": "linear, forward", "planes": 1, "batch": 1, "baseline_us": 100.0}
     rows = [row | {"shape": shape, "us": us} for shape, us in shapes.items()]
     rows += [row | {"shape": "8192x8192", "batch": 8192, "op": op, "us": 107.0} for op in STEP]
@@ -68,7 +76,7 @@ def test_goals_of_a_whole_model_and_a_whole_step_are_sums_of_rows():
         table = [list(column.cells) for column in goal_table(rows, True).columns]
         return next(cells[6:] for cells in zip(*table, strict=True) if cells[0] == of and cells[2] == planes)
 
-    assert measured("all linear layers", "1", rows) == ("6,320.00", "no")  # 80 * (2 * (7 + 2 + 20) + 21)
+    assert measured("all linear layers", "1", rows) == ("6,080.00", "no")  # 80 * (7 + 9 + 39 + 21)
     assert measured("forward, dX and dW", "1", rows) == ("1.07", "yes")
     assert measured("all linear layers", "3", rows) == ("not measured", "")
     assert measured("all linear layers", "1", rows[1:]) == ("not measured", "")
@@ -83,7 +91,7 @@ def test_by_default_a_gpu_is_measured_on_all_that_goals_are_of(monkeypatch, on_g
     shapes, planes, tokens, _ = asked
     assert shapes == [shape for family in families for shape in kernel_bench.SHAPES[family]]
     if on_gpu:
-        names = {f"{m}x{n}" for m, n in shapes} | {"70b"}
+        names = {*shapes, "70b"}
         for goal in GOALS:
             assert goal.shape in names and goal.planes in planes and goal.batch in (0, *tokens)
 

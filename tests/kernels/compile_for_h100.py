@@ -48,17 +48,16 @@ class Kernel:
         self.arguments = {key: kind for key, kind in self.arguments.items() if key in self.function.arg_names}
 
     def source(self, ones: tuple[str, ...] = (), aligned: bool = True) -> ASTSource:
-        """With these integers equal to 1; the others, and pointers, multiples of 16 where ``aligned``."""
-        kinds = {
-            key: "constexpr" if key in ones else self.arguments.get(key, "constexpr") for key in self.function.arg_names
-        }
-        hint, hints = [["tt.divisibility", 16]], {}
-        for i, kind in enumerate(kinds.values()):
-            if isinstance(kind, tuple):
-                hints |= {(i, j): hint for j in range(len(kind))}
+        """With these integers (all of a tuple) equal to 1; the others, and pointers, multiples of 16 if ``aligned``."""
+        kinds, hint, hints, constants = {}, [["tt.divisibility", 16]], {}, dict(self.constants)
+        for i, key in enumerate(self.function.arg_names):
+            kinds[key] = kind = self.arguments.get(key, "constexpr")
+            parts = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+            if key in ones:
+                kinds[key] = ("constexpr",) * len(kind) if isinstance(kind, tuple) else "constexpr"
+                constants |= dict.fromkeys(parts, 1)
             elif kind != "constexpr":
-                hints[(i,)] = hint
-        constants = self.constants | dict.fromkeys(ones, 1)
+                hints |= dict.fromkeys(parts, hint)
         return ASTSource(self.function, signature=kinds, constexprs=constants, attrs=hints if aligned else {})
 
     def compile(self) -> dict:
@@ -82,7 +81,7 @@ class Kernel:
     def errors_with_ones(self) -> list[str]:
         """What the front end says where integers are 1, one by one and all together, and nothing is aligned."""
         never = set(getattr(self.function, "do_not_specialize", None) or ())
-        integers = [key for key, kind in self.arguments.items() if kind == "i32" and key not in never]
+        integers = [key for key, kind in self.arguments.items() if "i32" in (kind, *kind[:1]) and key not in never]
         errors = []
         for ones in [*((key,) for key in integers), tuple(integers)]:
             options = BACKEND.parse_options(self.options)
@@ -109,6 +108,7 @@ def _loops(body: list[str]):
 def all_kernels():
     sizes = dict.fromkeys(("num_rows", "num_columns", "row_words"), "i32")
     scales = {"scale_out": "*fp32", "scale_in": "*fp32"}
+    together = 3  # queries, keys and values
     most = 4  # planes: with them alone what differs little is compiled too
     for k in range(1, most + 1):
         common = {"planes": ("*i32",) * k, **scales, **sizes}
@@ -121,12 +121,15 @@ def all_kernels():
             )
 
         more = dict.fromkeys(("num_tokens", "padded", "split_words"), "i32")
-        for what, kind, other in (  # the last: for a GPU whose blocks have less memory
-            ("", "*i16", {}),
-            (", in parts", "*i32", {"SPLIT": 4}),
-            (", 3 stages", "*i16", {"num_stages": 3}),
+        for what, kind, weights, other in (  # the last: for a GPU whose blocks have less memory
+            ("", "*i16", 1, {}),
+            (f", {together} weights", "*i16", together, {}),
+            (", in parts", "*i32", 1, {"SPLIT": 4}),
+            (", 3 stages", "*i16", 1, {"num_stages": 3}),
         ):
-            inputs, constants = {"inputs": "*bf16", "parts": kind, **more}, {"SIXTEEN": kind == "*i16"}
+            constants = {"SIXTEEN": kind == "*i16", "WEIGHTS": weights}
+            inputs = {"inputs": "*bf16", "parts": kind, **more, "planes": ("*i32",) * weights * k}
+            inputs |= {"scales_out": ("*fp32",) * weights, "rows": ("i32",) * weights}
             if "num_stages" in other and k != most:
                 continue
             yield of_planes("linear_decode", "_decode_kernel", inputs, constants, what, True, other)
@@ -147,15 +150,11 @@ def all_kernels():
             inputs = {"gradient": gradient, "signals": (kind,) * count, **parts, **factors}
             constants = {"SIGNALS": count, "AS_WORDS": kind == "*i32"}
             yield of_planes("linear_backward", "_epilogue_kernel", inputs, constants, what, True)
-    inputs = {
-        "x": "*i16",
-        "scale_in": "*fp32",
-        "inputs": "*i16",
-        "num_tokens": "i32",
-        "num_columns": "i32",
-        "padded": "i32",
-    }
-    yield Kernel("linear_decode, inputs", "linear_decode", "_permute_kernel", inputs, {"BLOCK": 128})
+    for what, weights in (("", 1), (f", {together} weights", together)):
+        inputs = {"x": "*i16", "scales_in": ("*fp32",) * weights, "inputs": "*i16"}
+        inputs |= dict.fromkeys(("num_tokens", "num_columns", "padded"), "i32")
+        constants = {"BLOCK": 128, "PLANES": 2, "WEIGHTS": weights}
+        yield Kernel(f"linear_decode, inputs{what}", "linear_decode", "_permute_kernel", inputs, constants)
     numbers = dict.fromkeys(("num_elements", "first_pair", "beta_q15", "limit_q", "bound"), "i32")
     words = {"words": "*i32", "num_words": "i32"}
     for what, form, kind in (("", INT8, "*i8"), (", int4", INT4, "*u8")):

@@ -24,7 +24,11 @@ def larger_cases():
     for tokens in (1, 16, 17, 200):
         x = torch.randn(tokens, 2100).bfloat16()
         yield "linear_forward", (x, planes, scale_out, scale_in, torch.randn(300))
-    yield "linear_decode", (torch.randn(5, 2100).bfloat16(), planes, scale_out, scale_in)
+    narrow = [random_planes(m, 2100, 3) for m in (64, 1, 70)]  # a block of rows whole, of one row, and ragged
+    of_all = zip((planes, scale_out, scale_in), *narrow, strict=True)
+    planes_of_all, *scales = [list(of_weights) for of_weights in of_all]
+    planes_of_all = [plane for of_weight in planes_of_all for plane in of_weight]
+    yield "linear_decode", (torch.randn(5, 2100).bfloat16(), planes_of_all, *scales)
     for dtype in (torch.float32, torch.bfloat16):
         yield "dequantize", (planes, scale_out, scale_in, torch.empty(300, 2100, dtype=dtype))
         yield "pack_signs", (torch.randn(300, 2100).to(dtype),)

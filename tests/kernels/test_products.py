@@ -13,6 +13,7 @@ from mbdist_kernels import (
     linear_backward_input,
     linear_backward_weight,
     linear_decode,
+    linear_decode_together,
     linear_forward,
     native,
     pack_signs,
@@ -78,10 +79,25 @@ def test_decode_gives_the_dtype_it_takes_and_honours_strides(implementation, dty
     assert y.dtype == dtype and torch.equal(y, linear_decode(x, planes, scale_out, scale_in))
 
 
-def test_decode_refuses_more_tokens():
-    planes, scale_out, scale_in = random_planes(8, 8, 1)
+@pytest.mark.parametrize(("num_planes", "num_tokens"), [(1, 16), (2, 1), (3, 3), (4, 16)])
+def test_weights_decoded_together_give_what_each_gives_alone(implementation, num_planes, num_tokens):
+    weights = [random_planes(m, 300, num_planes) for m in (70, 1, 3, 64)]
+    x = torch.randn(num_tokens, 300)
+    together = linear_decode_together(x, weights)
+    assert [y.shape for y in together] == [(num_tokens, m) for m in (70, 1, 3, 64)]
+    for y, weight in zip(together, weights, strict=True):
+        if implementation == "triton":  # the parts that a row is cut into depend on the number of rows
+            torch.testing.assert_close(y, linear_decode(x, *weight))
+        else:
+            assert torch.equal(y, linear_decode(x, *weight))
+
+
+def test_decode_refuses_more_tokens_and_weights_of_unequal_planes():
+    weight = random_planes(8, 8, 1)
     with pytest.raises(ValueError, match="up to 16 tokens"):
-        linear_decode(torch.randn(17, 8), planes, scale_out, scale_in)
+        linear_decode(torch.randn(17, 8), *weight)
+    with pytest.raises(ValueError, match=r"same number of planes, not \[1, 2\]"):
+        linear_decode_together(torch.randn(1, 8), [weight, random_planes(8, 8, 2)])
 
 
 def test_a_token_that_is_not_finite_stays_alone(implementation):

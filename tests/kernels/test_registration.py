@@ -23,7 +23,10 @@ def cases():
     yield "flip_mask", (torch.tensor([3, 70, 71], dtype=torch.int32), 4)
     yield "xor_apply", (random_words(6), random_words(6))
     yield "dequantize", (PLANES, SCALE_OUT, SCALE_IN, torch.empty(33, 70))
-    yield "linear_decode", (torch.randn(2, 70), PLANES, SCALE_OUT, SCALE_IN)
+    yield "linear_decode", (torch.randn(2, 70), PLANES, [SCALE_OUT], [SCALE_IN])
+    others, *scales = random_planes(7, 70, 2)
+    together = [[of, other] for of, other in zip((SCALE_OUT, SCALE_IN), scales, strict=True)]
+    yield "linear_decode, 2 weights", (torch.randn(2, 70), [*PLANES, *others], *together)
     yield "linear_forward", (torch.randn(20, 70), PLANES, SCALE_OUT, SCALE_IN, None)
     yield "linear_forward, with bias", (torch.randn(20, 70), PLANES, SCALE_OUT, SCALE_IN, torch.randn(33))
     epilogue = (torch.randn(33, 70), PLANES, SCALE_OUT, SCALE_IN, *gradients, *factors)
