@@ -200,7 +200,8 @@ def _measure(
 def _measure_together(
     rows_of: list[int], n: int, planes: int, tokens: list[int], device: torch.device, bytes_per_us: float
 ) -> Iterator[Measured]:
-    """Matrices that take one input, in one launch; the baseline has them as one dense matrix."""
+    """Matrices that take one input, in one launch, for as many tokens as layers are decoded; the baseline has them as
+    one dense matrix."""
     shape = f"{'+'.join(map(str, rows_of))}x{n}"
     packed_bytes = sum(planes * (4 * m * kernels.words_per_row(n) + 4 * (m + n)) for m in rows_of)
     weights = [random_weight(m, n, planes, device) for m in rows_of]
@@ -210,7 +211,7 @@ def _measure_together(
     ]
     dense = rotated(torch.randn(sum(rows_of), n, device=device, dtype=torch.bfloat16))
     for batch in tokens:
-        if batch <= MOST_TOKENS:
+        if kernels.decodes(batch, torch.bfloat16, device, planes):
             x = torch.randn(batch, n, device=device, dtype=torch.bfloat16)
             ours = median_us([partial(kernels.linear_decode_together, x, copy) for copy in copies], device)
             library = median_us([partial(torch.nn.functional.linear, x, weight) for weight in dense], device)

@@ -123,10 +123,17 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
 
 
 def _longer_rows(config: RunConfig) -> Iterator[Row]:
-    """Two planes on twice the tokens, beside the float model on as many."""
-    steps = 2 * config.train.steps + config.convert.reconstruction.steps
-    yield Row("finetuned", "float", measure_finetuned_float, _longer(changed_config(config, {"train.steps": steps})))
-    yield Row("finetuned", "scales and bits", measure_run, {"convert.planes": 2, "train.steps": steps})
+    """On twice the tokens, all of the second half spent on the blocks, from which bits learn most, and over four times
+    the text; beside the float model and scales on as many."""
+    steps = 2 * _longer(config)["train.steps"]
+    text = {"convert.calibration_tokens": 4 * config.convert.calibration_tokens}
+    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": steps})
+    for planes in (2, 3):
+        at = {"convert.planes": planes, **text}
+        bits = {"convert.reconstruction.steps": steps - config.train.steps}
+        yield Row("finetuned", "scales and bits", measure_run, {**at, **bits})
+        scales = {**_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": steps}
+        yield Row("finetuned", "scales only", measure_run, {**at, **scales})
 
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:

@@ -33,6 +33,7 @@ def test_rows_name_operation_shape_and_baseline(tmp_path):
     assert {row["op"] for row in rows} == {op for op in kernel_bench.OPERATIONS if ":" not in op}
 
 
+@pytest.mark.skipif(native.accelerator() is None, reason="no compiler for the CPU accelerator")
 def test_matrices_on_one_input_are_decoded_together_beside_one_dense_matrix(tmp_path):
     rows = bench_kernels(["64+8+8x96", "64x96"], [2], [1, 4, 32], tmp_path / "kernels.json")
     together = [row for row in rows if row["shape"] == "64+8+8x96"]
