@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -207,8 +208,7 @@ def start(
     from mbdist.config import load_config
 
     check_folder(json_file)
-    if shape not in SHAPES:
-        raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
+    _check_choice("--shape", shape, SHAPES)
     bench_start(load_config(config, overrides or []), shape, planes, ranks, steps, dense, scratch, json_file)
 
 
@@ -233,10 +233,8 @@ def convert(
     from mbdist.config.schema import ConvertConfig
 
     check_folder(json_file)
-    if shape not in SHAPES:
-        raise UserError(f"--shape {shape}: there is {', '.join(SHAPES)}")
-    if init not in ("svid", "joint", "calibrated"):
-        raise UserError(f"--init {init}: there is svid, joint, calibrated")
+    _check_choice("--shape", shape, SHAPES)
+    _check_choice("--init", init, ("svid", "joint", "calibrated"))
     loaded = load_config(config, overrides or [])
     settings = loaded.convert.model_dump() | {"planes": planes, "bits": None, "init": init}
     bench_convert(loaded, shape, layers, ConvertConfig.model_validate(settings), scratch, json_file)
@@ -299,3 +297,8 @@ def kernels(
         sizes += SHAPES.get(name) or [name]
     default_tokens = [1, 4, 16, 512, 1024, 2048, 8192] if on_gpu else [1, 4, 6, 8, 12, 16, 512]
     bench_kernels(sizes, planes or [1, 2, 3], tokens or default_tokens, json_file)
+
+
+def _check_choice(option: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise UserError(f"{option} {value}: there is {', '.join(known)}")
