@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mbdist.cli.options import Overrides, check_folder
+from mbdist.cli.options import Overrides, check_choice, check_folder
 from mbdist.errors import UserError
 
 app = typer.Typer(
@@ -64,9 +63,8 @@ def quality(
     from mbdist.bench.quality_report import write_report
     from mbdist.config import load_config
 
-    unknown = [name for name in group or [] if name not in GROUPS]
-    if unknown:
-        raise UserError(f"--group {unknown[0]}: there is {', '.join(GROUPS)}")
+    for name in group or []:
+        check_choice("--group", name, GROUPS)
     check_folder(json_file)
     rows = bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
     write_report(rows, json_file)
@@ -97,8 +95,7 @@ def comm(
 
     check_folder(json_file)
     for name in codec or []:
-        if name not in CODECS:
-            raise UserError(f"--codec {name}: there is {', '.join(CODECS)}")
+        check_choice("--codec", name, CODECS)
     loaded = load_config(config, overrides or [])
     rates = mbit or [0, 1000, 100, 10]
     bench_comm(loaded, ranks or [2, 4], stage or [2, 3], codec or list(CODECS), rates, json_file, everything)
@@ -118,8 +115,7 @@ def scaling(
     from mbdist.bench.scaling import scaling_table
     from mbdist.comm.codecs import CODECS
 
-    if codec not in CODECS:
-        raise UserError(f"--codec {codec}: there is {', '.join(CODECS)}")
+    check_choice("--codec", codec, CODECS)
     counts = ranks or [8, 16, 64, 256, 1024]
     uneven = [count for count in counts if count % node_size]
     if uneven:
@@ -208,7 +204,7 @@ def start(
     from mbdist.config import load_config
 
     check_folder(json_file)
-    _check_choice("--shape", shape, SHAPES)
+    check_choice("--shape", shape, SHAPES)
     bench_start(load_config(config, overrides or []), shape, planes, ranks, steps, dense, scratch, json_file)
 
 
@@ -233,8 +229,8 @@ def convert(
     from mbdist.config.schema import ConvertConfig
 
     check_folder(json_file)
-    _check_choice("--shape", shape, SHAPES)
-    _check_choice("--init", init, ("svid", "joint", "calibrated"))
+    check_choice("--shape", shape, SHAPES)
+    check_choice("--init", init, ("svid", "joint", "calibrated"))
     loaded = load_config(config, overrides or [])
     settings = loaded.convert.model_dump() | {"planes": planes, "bits": None, "init": init}
     bench_convert(loaded, shape, layers, ConvertConfig.model_validate(settings), scratch, json_file)
@@ -297,8 +293,3 @@ def kernels(
         sizes += SHAPES.get(name) or [name]
     default_tokens = [1, 4, 16, 512, 1024, 2048, 8192] if on_gpu else [1, 4, 6, 8, 12, 16, 512]
     bench_kernels(sizes, planes or [1, 2, 3], tokens or default_tokens, json_file)
-
-
-def _check_choice(option: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise UserError(f"{option} {value}: there is {', '.join(known)}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode
+from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode, check_choice
 from mbdist.config.schema import (
     ConvertConfig,
     DataConfig,
@@ -61,12 +61,8 @@ def convert(
     Example: `mbdist convert path/or/hub-id out/2bit --planes 2 --init calibrated --python-docs`
     Example: `mbdist convert path/or/hub-id out/2.5bit --bits 2.5 --init calibrated --text corpus.txt`
     """
-    for option, value, allowed in (
-        ("--init", init, ("calibrated", "joint", "svid")),
-        ("--allocation", allocation, ("second_order", "residual")),
-    ):
-        if value not in allowed:
-            raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
+    check_choice("--init", init, ("calibrated", "joint", "svid"))
+    check_choice("--allocation", allocation, ("second_order", "residual"))
     if planes is not None and bits is not None:
         raise UserError("--planes and --bits exclude each other: name one")
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)

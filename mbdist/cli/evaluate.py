@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode
+from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode, check_choice
 from mbdist.errors import UserError
 
 
@@ -44,13 +44,9 @@ def evaluate(
     """
     if (text is not None) + python_docs + (tasks is not None) != 1:
         raise UserError("name what to measure on: --text FILE, --python-docs, or --tasks NAMES")
-    for option, value, allowed in (
-        ("--preparation", preparation, ("packed", "wikitext2", "c4")),
-        ("--device", device, ("auto", "cpu", "cuda")),
-        ("--precision", precision, ("auto", "bf16", "fp32")),
-    ):
-        if value not in allowed:
-            raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
+    check_choice("--preparation", preparation, ("packed", "wikitext2", "c4"))
+    check_choice("--device", device, ("auto", "cpu", "cuda"))
+    check_choice("--precision", precision, ("auto", "bf16", "fp32"))
     import dataclasses
     import json
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode
+from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode, check_choice
 
 
 def generate(
@@ -28,8 +28,7 @@ def generate(
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist.train.reload_check import generate as continue_text
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: there is auto, cpu, cuda")
+    check_choice("--device", device, ("auto", "cpu", "cuda"))
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     chosen = choose_device(ClusterConfig(device=device))
     tokenizer = load_tokenizer(source)

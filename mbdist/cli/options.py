@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -24,3 +25,9 @@ def check_folder(json_file: Path | None) -> None:
     """Before anything is measured. Raises UserError where ``--json`` names a file in no folder."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+
+
+def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
+    """Raises UserError where ``value`` is not among what is allowed."""
+    if value not in allowed:
+        raise UserError(f"{option} {value}: there is {', '.join(allowed)}")
