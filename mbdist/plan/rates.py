@@ -67,7 +67,8 @@ class Measured:
         """``sharing``: workers that have the measured device together, as they have the cores of a machine."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            self.device, self.copy_rate, self._rows = content["device"], 1e9 * content["copy_gb_s"], content["rows"]
+            self.device, self.copy_rate = content["device"], 1e9 * content["copy_gb_s"]
+            self._rows = [row for row in content["rows"] if "+" not in row["shape"]]  # of one matrix
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--rates {file}: cannot be read: {error}") from None
         except (ValueError, KeyError, TypeError) as error:

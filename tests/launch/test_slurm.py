@@ -142,7 +142,7 @@ def submit(slurm, folder, settings, kind):
     return done.stdout.split()[1].rstrip(":")
 
 
-def ended(slurm, job, seconds=240):
+def ended(slurm, job, seconds=400):
     """(state, exit code) of the job when it is over."""
     deadline = time.monotonic() + seconds
     while True:
@@ -189,7 +189,7 @@ def undisturbed(slurm, tmp_path_factory, llama_folder):
 def test_a_preempted_job_saves_and_goes_on(tmp_path, llama_folder, slurm, undisturbed, kind):
     settings = settings_of(tmp_path, llama_folder, kind)
     job = submit(slurm, tmp_path, settings, kind)
-    until(lambda: len(events(settings, "step")) >= 2 or "FAILED" in command_output(slurm, "squeue", "-j", job), 180)
+    until(lambda: len(events(settings, "step")) >= 2 or "FAILED" in command_output(slurm, "squeue", "-j", job), 300)
     subprocess.run(["scancel", "--batch", "--signal", "USR1", job], env=slurm, check=True)
     assert ended(slurm, job) == ("COMPLETED", "0"), logs_of(settings)
     assert len(events(settings, "resumed")) == 1, logs_of(settings)

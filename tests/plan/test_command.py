@@ -187,7 +187,7 @@ def test_seconds_come_from_measured_rows(capsys, small, tmp_path):
 
 
 def test_the_nearest_row_is_taken():
-    """Of one to three planes, 1 to 512 tokens and seven shapes, among them 5120 x 5120 and 8192 x 8192."""
+    """Of one to three planes, 1 to 8,192 tokens and seven shapes, among them 5120 x 5120 and 8192 x 8192."""
     measured, rows = Measured(CPU_RATES), json.loads(CPU_RATES.read_text())["rows"]
     wanted = {"op": "linear, forward", "shape": "13824x5120", "planes": 2, "batch": 512}
     (nearest,) = (row["us"] * 1e-6 for row in rows if wanted.items() <= row.items())
