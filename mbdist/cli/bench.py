@@ -256,6 +256,25 @@ def checkpoint(
 
 
 @app.command()
+def levers(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Run config; its model is replaced by a small one of its kind.")] = (
+        "configs/levers.yaml"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """What every setting that saves memory saves and costs, one at a time, beside what the plan predicted.
+
+    Example: `mbdist bench levers --json docs/benchmarks/levers.json`
+    """
+    from mbdist.bench.levers import bench_levers
+    from mbdist.config import load_config
+
+    check_folder(json_file)
+    bench_levers(load_config(config, overrides or []), json_file)
+
+
+@app.command()
 def kernels(
     shape: Annotated[
         list[str] | None,

@@ -45,6 +45,7 @@ def converted(tmp_path_factory, llama_folder):
         "bench codecs",
         "bench teachers",
         "bench checkpoint",
+        "bench levers",
         "bench faults",
         "bench scaling",
         "bench convert",
