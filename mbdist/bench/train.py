@@ -139,6 +139,7 @@ class DenseTrainer:
         communicator = Communicator(config.comm.timeout_s)
         self.config, self.device = config, device
         dtype = compute_dtype(config.train.precision, device)
+        whole = student is None
         if student is None:
             student = load_model(config.model).to(device)
             choose_trained_floats(student, config.floats.also_train, dtype)
@@ -152,12 +153,14 @@ class DenseTrainer:
         self.linear_weights = sum(getattr(layer.weight, "ds_numel", layer.weight.numel()) for layer in linear)
         source = teacher_source(config)
         self.teacher = live_teacher(source, "resident", device, dtype) if source is not None else None
-        self.readout = Readout(student)
-        self.engine = DenseEngine(student, config)
         corpus = load_corpus(config.data, load_tokenizer(config.model))
         ranks = (communicator.rank, communicator.world_size)
         batch = (config.train.sequences_per_step, config.train.micro_batch)
         self.batches = Batches(corpus.train, config.seed, *batch, *ranks)
+        self.readout = Readout(student)
+        if whole:  # before DeepSpeed learns from the first pass which weights the backward pass finds still gathered
+            self.readout.probe(student, self.batches.micro_batch_at(0, 0).input_ids.to(device))
+        self.engine = DenseEngine(student, config)
         self.engine.engine.module.train()
 
     def step(self, number: int) -> None:

@@ -6,6 +6,7 @@ import shutil
 
 import models
 import pytest
+from ranks import run_on_ranks
 
 from mbdist.bench import codecs
 from mbdist.bench.codecs import bench_codecs
@@ -39,6 +40,34 @@ def test_bytes_are_those_of_the_interface_and_slow_links_are_slow(tmp_path):
     free, slow = result["time"]
     least = signs["ours_bytes"] * 8 / 1e6  # seconds at 1 Mbit/s, less the bucket's first burst
     assert slow["ours_comm_s"] > 0.5 * least - 1 and slow["dense_s"] > free["dense_s"]
+
+
+def _sent_by_a_dense_step(config):
+    """Bytes that a rank sends in the third step, by what they carry, a linear weight."""
+    from mbdist.bench.train import DenseTrainer
+    from mbdist.comm.communicator import Communicator
+    from mbdist.engine.traffic import count_traffic
+    from mbdist.train.environment import set_up_worker
+
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    trainer, communicator = DenseTrainer(config, set_up_worker(config)), Communicator(60)
+    count_traffic(communicator)
+    for number in range(3):
+        communicator.bytes_sent.clear()
+        trainer.step(number)
+    return {name: size / trainer.linear_weights for name, size in communicator.bytes_sent.items()}
+
+
+@pytest.mark.slow
+def test_the_dense_baseline_gathers_a_small_model_once_a_step(tmp_path):
+    """As DeepSpeed by itself does, whose defaults keep so few weights from forward to backward."""
+    model = models.save_small_model(tmp_path / "model")
+    overrides = [f"model.path={model}", "model.gguf_file=null", "data.window=32", f"data.cache_dir={tmp_path}/cache"]
+    dense = ["loss.teacher=none", "cluster.device=cpu", "cluster.zero_stage=3", "comm.resident_floats=frozen"]
+    config = load_config("configs/comm.yaml", [*overrides, *dense, "floats.also_train=[]", "train.precision=bf16"])
+    for sent in run_on_ranks(2, tmp_path, _sent_by_a_dense_step, config):
+        assert sent["floats"] == pytest.approx(1, abs=0.01), "half of the weights' 2 bytes"
+        assert sent["float gradients"] == pytest.approx(2, abs=0.01), "gloo's reduce-scatter is an all-reduce"
 
 
 @can_make_namespaces
