@@ -13,9 +13,9 @@ STAMP := $(VENV)/.setup-done
 quickstart: setup
 	$(BIN)/mbdist launch local configs/quickstart.yaml
 
-# Three files of tests at a time, one thread each: most of them wait for processes that start.
+# Two files of tests at a time, one thread each: most of them wait for processes that start.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup lint
 	$(BIN)/python -m pytest -m "not slow"

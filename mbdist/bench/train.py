@@ -125,6 +125,8 @@ class DenseTrainer:
 
     def __init__(self, config: RunConfig, device, student: PreTrainedModel | None = None):
         """``student``: instead of the one that ``config.model`` names; ZeRO-3 has partitioned it."""
+        import torch
+
         from mbdist.comm.communicator import Communicator
         from mbdist.data import Batches, load_corpus
         from mbdist.engine.dense import DenseEngine
@@ -159,7 +161,8 @@ class DenseTrainer:
         self.batches = Batches(corpus.train, config.seed, *batch, *ranks)
         self.readout = Readout(student)
         if whole:  # before DeepSpeed learns from the first pass which weights the backward pass finds still gathered
-            self.readout.probe(student, self.batches.micro_batch_at(0, 0).input_ids.to(device))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                self.readout.probe(student, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.engine = DenseEngine(student, config)
         self.engine.engine.module.train()
 
