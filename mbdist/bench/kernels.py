@@ -87,7 +87,7 @@ def bench_kernels(shapes: list[str], planes: list[int], tokens: list[int], json_
         *rows_of, n = map(int, re.split(r"[+x]", shape))
         for count in planes:
             if len(rows_of) > 1:
-                measured = _measure_together(rows_of, n, count, tokens, device, bytes_per_us)
+                measured = _measure_together(shape, rows_of, n, count, tokens, device, bytes_per_us)
             else:
                 measured = _measure(*rows_of, n, count, tokens, device, bytes_per_us)
             for row in measured:
@@ -156,8 +156,7 @@ def rotated(tensor: torch.Tensor) -> list[torch.Tensor]:
 def _measure(
     m: int, n: int, planes: int, tokens: list[int], device: torch.device, bytes_per_us: float
 ) -> Iterator[Measured]:
-    width, shape = kernels.words_per_row(n), f"{m}x{n}"
-    packed_bytes = planes * (4 * m * width + 4 * (m + n))
+    shape, packed_bytes = f"{m}x{n}", _packed_bytes(m, n, planes)
     packed, *scales = random_weight(m, n, planes, device)
     weights = [(list(copy), *scales) for copy in rotated(torch.stack(packed))]
     dense = rotated(torch.randn(m, n, device=device, dtype=torch.bfloat16))
@@ -197,13 +196,17 @@ def _measure(
         yield from _on_words(m, n, [weight[0][0] for weight in weights], dense, device, row, over)
 
 
+def _packed_bytes(m: int, n: int, planes: int) -> int:
+    """Words and scales."""
+    return planes * (4 * m * kernels.words_per_row(n) + 4 * (m + n))
+
+
 def _measure_together(
-    rows_of: list[int], n: int, planes: int, tokens: list[int], device: torch.device, bytes_per_us: float
+    shape: str, rows_of: list[int], n: int, planes: int, tokens: list[int], device: torch.device, bytes_per_us: float
 ) -> Iterator[Measured]:
     """Matrices that take one input, in one launch, for as many tokens as layers are decoded; the baseline has them as
     one dense matrix."""
-    shape = f"{'+'.join(map(str, rows_of))}x{n}"
-    packed_bytes = sum(planes * (4 * m * kernels.words_per_row(n) + 4 * (m + n)) for m in rows_of)
+    packed_bytes = sum(_packed_bytes(m, n, planes) for m in rows_of)
     weights = [random_weight(m, n, planes, device) for m in rows_of]
     copies = [
         [([plane.clone() for plane in packed], *scales) for packed, *scales in weights]
