@@ -54,7 +54,8 @@ LEVERS = [
 
 def bench_levers(config: RunConfig, json_file: Path | None, levers: list[Lever] | None = None) -> list[dict]:
     """Print, write into ``json_file`` where given, and return a row a lever: the peak of the fullest worker (MB), that
-    over the peak as configured, predicted over measured, and times and sent bytes of a step over those as configured.
+    over the peak as configured, predicted over measured, and times and sent bytes of a step over those as configured
+    (None where nothing is sent).
     Levers that the device does not admit are left out, with a word."""
     console, rows = Console(), []
     if not torch.cuda.is_available():
@@ -74,7 +75,7 @@ def bench_levers(config: RunConfig, json_file: Path | None, levers: list[Lever] 
     first = rows[0]
     for row in rows:
         for ratio, value in (("peak_ratio", "peak_mb"), ("step_time_ratio", "step_s"), ("sent_ratio", "sent_mb")):
-            row[ratio] = round(row[value] / first[value], 3)
+            row[ratio] = round(row[value] / first[value], 3) if first[value] else None  # one worker sends nothing
     result = {
         "rows": rows,
         "workers": config.cluster.most_workers,
