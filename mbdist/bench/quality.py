@@ -19,6 +19,8 @@ from rich.console import Console
 from mbdist.bench.process import in_own_process
 from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
+    measure_adapted_run,
+    measure_adapted_straight_through,
     measure_finetuned_float,
     measure_float,
     measure_from_scratch,
@@ -136,6 +138,23 @@ def _longer_rows(config: RunConfig) -> Iterator[Row]:
         yield Row("finetuned", "scales only", measure_run, {**at, **scales})
 
 
+def _adapted_rows(config: RunConfig) -> Iterator[Row]:
+    """What finetuning does to the bits apart from what it teaches about the text: the float model sees the text first,
+    is converted then, and teaches; on twice the tokens in all, as many as the longer rows."""
+    taught_by = [
+        config.seed,
+        _longer(config),
+        *(part.model_dump() for part in (config.model, config.data, config.train)),
+    ]
+    folder = (str(Path(config.run_dir) / f"adapted-{_digest(taught_by)}"),)
+    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": 2 * _longer(config)["train.steps"]})
+    for planes in (2, 3):
+        at = {"convert.planes": planes}
+        yield Row("finetuned", "adapted, scales and bits", measure_adapted_run, at, folder)
+        yield Row("finetuned", "adapted, scales only", measure_adapted_run, {**at, **_scales_only(config)}, folder)
+        yield Row("finetuned", "adapted, straight-through latents", measure_adapted_straight_through, at, folder)
+
+
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:
     """What conversion can do otherwise, one setting at a time."""
     part = {"data.max_eval_windows": _ABLATION_WINDOWS, **_NO_FINETUNING}
@@ -209,6 +228,7 @@ GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "start": _start_rows,
     "finetuned": _finetuned_rows,
     "longer": _longer_rows,
+    "adapted": _adapted_rows,
     "allocation": _allocation_rows,
     "architecture": _architecture_rows,
     "conversion": _conversion_rows,

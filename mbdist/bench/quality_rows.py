@@ -16,6 +16,7 @@ from mbdist.bench.process import one_process_trainer
 from mbdist.bench.uniform import bits_per_weight as uniform_bits
 from mbdist.bench.uniform import gptq, round_to_nearest
 from mbdist.config import RunConfig
+from mbdist.config.schema import ModelConfig
 from mbdist.optim.schedule import warmup_cosine
 
 _KL_WINDOWS = 64  # KL needs the float model's logits too, so it is measured on the first windows only
@@ -77,15 +78,46 @@ def measure_float(config: RunConfig) -> dict:
 
 def measure_finetuned_float(config: RunConfig) -> dict:
     """The float model, every weight of it finetuned on the same tokens: next-token loss, AdamW, the same schedule."""
-    _set_up(config)
-    model = _load_float(config).train()
-    seconds = train_dense(config, model, config.train.steps, _FLOAT_LR)
+    model, seconds = _finetuned_float(config, config.train.steps)
     return {
         **_measure_dense(config, model, 16.0),
         "state_bytes_per_weight": 16.0,
         "step_s": sorted(seconds)[len(seconds) // 2],
         "tokens": len(seconds) * config.tokens_per_step,
     }
+
+
+def _finetuned_float(config: RunConfig, steps: int) -> tuple[nn.Module, list[float]]:
+    _set_up(config)
+    model = _load_float(config).train()
+    return model, train_dense(config, model, steps, _FLOAT_LR)
+
+
+def measure_adapted_run(config: RunConfig, folder: str) -> dict:
+    """Half of the tokens teach the float model the text; then it is converted, finetuned on as many and measured."""
+    return _after_adaptation(config, Path(folder), measure_run)
+
+
+def measure_adapted_straight_through(config: RunConfig, folder: str) -> dict:
+    """The same with latent weights."""
+    return _after_adaptation(config, Path(folder), measure_straight_through)
+
+
+def _after_adaptation(config: RunConfig, folder: Path, measure: Callable[[RunConfig], dict]) -> dict:
+    """``measure`` on the float model that was finetuned on as many tokens, and is the teacher too; it stays in
+    ``folder`` for other rows."""
+    from mbdist.model.loading import load_tokenizer
+
+    if not folder.exists():
+        model, _ = _finetuned_float(config, _trained_tokens(config) // config.tokens_per_step)
+        unfinished = folder.with_suffix(".partial")
+        model.eval().save_pretrained(unfinished)
+        load_tokenizer(config.model).save_pretrained(unfinished)
+        unfinished.rename(folder)
+        del model
+    model_config = ModelConfig(path=str(folder))
+    found = measure(config.model_copy(update={"model": model_config, "run_dir": f"{config.run_dir}-adapted"}))
+    return {**found, "tokens": 2 * found["tokens"]}
 
 
 def measure_from_scratch(config: RunConfig, folder: str) -> dict:

@@ -11,7 +11,8 @@ from mbdist.bench.quality_report import write_report
 from mbdist.config import load_config, parse_config
 
 
-def small_groups():
+def small_groups(adapted_folder):
+    adapted = (str(adapted_folder),)
     return {
         "start": lambda _config: iter(
             [
@@ -25,6 +26,8 @@ def small_groups():
                 Row("finetuned", "float", quality_rows.measure_finetuned_float),
                 Row("finetuned", "scales and bits", quality_rows.measure_run),
                 Row("finetuned", "straight-through latents", quality_rows.measure_straight_through),
+                Row("finetuned", "float", quality_rows.measure_finetuned_float, {"train.steps": 12}),
+                Row("finetuned", "adapted, scales and bits", quality_rows.measure_adapted_run, {}, adapted),
             ]
         ),
     }
@@ -32,13 +35,13 @@ def small_groups():
 
 @pytest.mark.slow
 def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch):
-    monkeypatch.setattr(quality, "GROUPS", small_groups())
+    monkeypatch.setattr(quality, "GROUPS", small_groups(tmp_path / "adapted"))
     settings = models.run_settings(tmp_path / "work", llama_folder, convert={"init": "joint"}, floats={"lr": 1e-2})
     settings["train"]["steps"] = 6
     config, results = parse_config(settings), tmp_path / "quality.json"
     rows = bench_quality(config, ["start", "finetuned"], results)
-    by_name = {(row["group"], row["name"]): row for row in rows}
-    assert len(by_name) == 6 and json.loads(results.read_text()) == rows
+    by_name = {(row["group"], row["name"]): row for row in reversed(rows)}
+    assert len(rows) == 8 and json.loads(results.read_text()) == rows
     assert by_name["start", "float"]["kl"] == pytest.approx(0, abs=1e-6)
     start, trained = by_name["start", "svid"], by_name["finetuned", "scales and bits"]
     assert trained["tokens"] == 6 * 12 * 32 and start["tokens"] == 0 and trained["step_s"] > 0
@@ -46,6 +49,10 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
     assert start["float_perplexity"] == by_name["start", "float"]["perplexity"]
     latents = by_name["finetuned", "straight-through latents"]
     assert latents["state_bytes_per_weight"] - trained["state_bytes_per_weight"] > 9, "12 bytes against 1"
+    adapted, longer = by_name["finetuned", "adapted, scales and bits"], rows[6]
+    assert adapted["tokens"] == longer["tokens"] == 2 * trained["tokens"] and (tmp_path / "adapted").is_dir()
+    assert adapted["float_perplexity"] == longer["perplexity"]
+    assert adapted["perplexity"] != trained["perplexity"], "of another float model"
     monkeypatch.setattr(quality, "in_own_process", None)  # a second measurement would fail
     assert bench_quality(config, ["start", "finetuned"], results) == rows
     write_report(rows, results)
@@ -57,12 +64,13 @@ def test_every_row_is_a_valid_config():
     config = load_config("configs/quality.yaml", [])
     all_rows = [row for rows in quality.GROUPS.values() for row in rows(config)]
     names = [(row.group, row.name, str(row.changes), row.arguments) for row in all_rows]
-    assert len(names) == len(set(names)) > 40
+    shared = 1  # the float model that rows longer and adapted are compared with
+    assert len(names) - shared == len(set(names)) > 40
     for row in all_rows:
         quality.changed_config(config, row.changes)
 
 
-@pytest.mark.parametrize(("group", "most"), [("finetuned", 250_000), ("longer", 500_000)])
+@pytest.mark.parametrize(("group", "most"), [("finetuned", 250_000), ("longer", 500_000), ("adapted", 500_000)])
 def test_compared_rows_see_the_same_number_of_tokens(group, most):
     config = load_config("configs/quality.yaml", [])
     tokens = set()
@@ -71,7 +79,8 @@ def test_compared_rows_see_the_same_number_of_tokens(group, most):
         if row.measure is quality_rows.measure_finetuned_float:
             tokens.add(changed.train.steps * changed.tokens_per_step)
         else:
-            tokens.add(quality_rows._trained_tokens(changed))
+            times = 2 if row.name.startswith("adapted") else 1  # the float model before it
+            tokens.add(times * quality_rows._trained_tokens(changed))
     assert len(tokens) == 1 and max(tokens) <= most
 
 
