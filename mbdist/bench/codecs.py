@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from mbdist.bench.process import in_own_process, one_process_trainer
 from mbdist.bench.quality import changed_config
+from mbdist.bench.table import table_of
 from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.config import RunConfig
 from mbdist_kernels import popcount
@@ -49,10 +49,7 @@ def bench_codecs(config: RunConfig, json_file: Path | None) -> list[dict]:
             Console().print(rows[-1])
             if json_file is not None:
                 json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    Console().print(table_of(rows))
     return rows
 
 

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from mbdist.bench.links import INTERFACE, Host, joined_hosts, set_rate
 from mbdist.bench.process import in_own_process, prepare_alone
 from mbdist.bench.quality import changed_config
+from mbdist.bench.table import table_of
 from mbdist.config import RunConfig
 from mbdist.errors import RunError
 
@@ -79,8 +79,8 @@ def bench_comm(
                         result["bytes"] += _bytes_rows(count, stage, "none", "everything", [codec], ours, dense)
                     if json_file is not None:
                         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(_table("Bytes that a rank sends in a step", result["bytes"]))
-    console.print(_table(f"Seconds of a step, {min(ranks)} ranks", result["time"]))
+    console.print(table_of(result["bytes"], "Bytes that a rank sends in a step", without=["counted"]))
+    console.print(table_of(result["time"], f"Seconds of a step, {min(ranks)} ranks"))
     return result
 
 
@@ -206,11 +206,3 @@ def _time_rows(stage: int, codec: str, rates: list[int], ours: dict, dense: dict
             }
         )
     return rows
-
-
-def _table(title: str, rows: list[dict]) -> Table:
-    names = [name for name in (rows[0] if rows else {}) if name != "counted"]
-    table = Table(*names, title=title)
-    for row in rows:
-        table.add_row(*(f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in names))
-    return table

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from mbdist.bench.small_run import finish, records_of, small_model, start
+from mbdist.bench.table import table_of
 from mbdist.config import RunConfig, with_changes
 from mbdist.errors import ConfigError
 
@@ -38,6 +38,7 @@ LEVERS = [
     Lever("ZeRO stage 2", {"cluster.zero_stage": 2}),
     Lever("frozen planes resident", {"comm.resident_planes": "frozen"}),
     Lever("all planes resident", {"comm.resident_planes": "all"}),
+    Lever("blocks gathered in both passes", {"comm.keep_gathered_gb": 0}),
     Lever("teacher sharded", {"loss.teacher_placement": "sharded"}),
     Lever("no teacher", {"loss.teacher": "none"}),
     Lever("activation checkpointing", _CHECKPOINTING),
@@ -55,8 +56,7 @@ LEVERS = [
 def bench_levers(config: RunConfig, json_file: Path | None, levers: list[Lever] | None = None) -> list[dict]:
     """Print, write into ``json_file`` where given, and return a row a lever: the peak of the fullest worker (MB), that
     over the peak as configured, predicted over measured, and times and sent bytes of a step over those as configured
-    (None where nothing is sent).
-    Levers that the device does not admit are left out, with a word."""
+    (None where nothing is sent). Levers that the device does not admit are left out, with a word."""
     console, rows = Console(), []
     if not torch.cuda.is_available():
         config = with_changes(config, {"cluster.device": "cpu"})
@@ -87,7 +87,7 @@ def bench_levers(config: RunConfig, json_file: Path | None, levers: list[Lever] 
     }
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(_table(rows))
+    console.print(table_of(rows, without=["changes"]))
     return rows
 
 
@@ -100,11 +100,3 @@ def _measured(records: list[dict]) -> dict:
         "step_s": round(statistics.median(step["seconds"] for step in steps), 3),
         "sent_mb": round(statistics.median(sum(step["bytes_sent"].values()) for step in steps) / 1e6, 3),
     }
-
-
-def _table(rows: list[dict]) -> Table:
-    names = [name for name in rows[0] if name != "changes"]
-    table = Table(*names)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in names))
-    return table

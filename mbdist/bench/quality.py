@@ -148,10 +148,11 @@ def _adapted_rows(config: RunConfig) -> Iterator[Row]:
     ]
     folder = (str(Path(config.run_dir) / f"adapted-{_digest(taught_by)}"),)
     yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": 2 * _longer(config)["train.steps"]})
-    for planes in (2, 3):
-        at = {"convert.planes": planes}
+    both = [{"convert.planes": planes} for planes in (2, 3)]
+    for at in both:
         yield Row("finetuned", "adapted, scales and bits", measure_adapted_run, at, folder)
         yield Row("finetuned", "adapted, scales only", measure_adapted_run, {**at, **_scales_only(config)}, folder)
+    for at in both:
         yield Row("finetuned", "adapted, straight-through latents", measure_adapted_straight_through, at, folder)
 
 

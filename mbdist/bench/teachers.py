@@ -16,11 +16,11 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from mbdist.bench.codecs import train_small_model
 from mbdist.bench.process import in_own_process, one_process_trainer
 from mbdist.bench.quality import changed_config
+from mbdist.bench.table import table_of
 from mbdist.config import RunConfig, write_config
 from mbdist.errors import RunError
 
@@ -40,10 +40,7 @@ def bench_teachers(config: RunConfig, top_k: list[int], ranks: int, json_file: P
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for rows in found.values():
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console().print(table)
+        Console().print(table_of(rows))
     return found
 
 

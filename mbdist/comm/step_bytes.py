@@ -37,13 +37,22 @@ class TrainedMatrix:
 
 
 @dataclass(frozen=True)
+class GatheredFloats:
+    """Bytes of floats that stage 3 gathers for every micro-batch."""
+
+    whole: int = 0
+    in_passes: int = 0  # as often as forward and backward use them
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """What of a model crosses the wire."""
 
     matrices: Sequence[TrainedMatrix]
     turns: int = 1  # a matrix sends its signal and flips in one step of so many
     other_floats: int = 0  # trained ones besides the scales
-    frozen_gathered: int = 0  # bytes of frozen floats that stage 3 gathers for a micro-batch
+    frozen: GatheredFloats = GatheredFloats()
+    large: GatheredFloats = GatheredFloats()  # of ``other_floats``, those that are not kept from step to step
 
     @property
     def weights(self) -> int:
@@ -98,10 +107,14 @@ def step_bytes(
     found["float gradients"] = _reductions(stage, micro_batches) * (2 if stage < 3 else 1) * others * gradient
     found["floats"] = others * 4 * model.floats
     if stage == 3:
-        if comm.resident_floats == "none":
-            found["frozen floats"] = micro_batches * others * model.frozen_gathered
+        planes = 4 * _gathered_words(model, comm)
+        frozen = model.frozen if comm.resident_floats == "none" else GatheredFloats()
+        once = comm.keeps_gathered(planes + frozen.whole + model.large.whole)
+        found["frozen floats"] = micro_batches * others * (frozen.whole if once else frozen.in_passes)
+        found["floats"] -= others * model.large.whole
+        found["floats"] += micro_batches * others * (model.large.whole if once else model.large.in_passes)
         # Forward and backward: what is computed again uses what backward gathered (of all blocks but the first).
-        found["planes"] = 2 * micro_batches * others * 4 * _gathered_words(model, comm)
+        found["planes"] = (1 if once else 2) * micro_batches * others * planes
     return {phase: round(size) for phase, size in found.items()}
 
 

@@ -304,12 +304,20 @@ class CommConfig(_Section):
     pass. `frozen`: those that are not trained, at one bit a weight each. `all`: flips are sent then."""
     resident_floats: Literal["none", "frozen"] = "none"
     """The same of float parameters: `frozen` keeps the embeddings and norms that are not trained."""
+    keep_gathered_gb: Annotated[float, Field(ge=0)] = 1.0
+    """With ZeRO stage 3: where all that a pass gathers fits into so many GiB, the backward pass uses what the forward
+    pass has gathered; else, and with 0, blocks are gathered in both. (To keep planes from step to step is
+    `resident_planes`.)"""
     timeout_s: PositiveInt = 600
     """Seconds after which a collective that a peer never joined is an error."""
 
     @property
     def bucket_bytes(self) -> int:
         return int(self.bucket_mb * 2**20)
+
+    def keeps_gathered(self, size: int) -> bool:
+        """Whether ``size`` bytes stay gathered from the forward to the backward pass."""
+        return size <= self.keep_gathered_gb * 2**30
 
     def summing_nodes(self, workers: int) -> int | None:
         """``node_size``, a number by now, where there are several such nodes with something to add up."""

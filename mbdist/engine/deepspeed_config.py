@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -20,14 +20,24 @@ def reduce_bucket(trained_floats: int) -> int:
     return max(1, min(trained_floats, _LARGEST_REDUCE_BUCKET))
 
 
+def elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, partitioned or not, as DeepSpeed counts them: int32 words of planes, and floats."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def largest_block(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
-    """Elements of the parameters of the largest numbered block of a model: int32 words of planes, and floats."""
+    """Elements of the parameters of the largest numbered block of a model."""
     sizes: Counter[str] = Counter()
     for name, parameter in named_parameters:
         block = re.match(r".*?\.\d+\.", name)
         if block:
-            sizes[block.group()] += getattr(parameter, "ds_numel", parameter.numel())
+            sizes[block.group()] += elements(parameter)
     return max(sizes.values(), default=0)
+
+
+def gathered_in_passes(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+    """Of what stage 3 partitions: all but the small trained floats, which are gathered after the step."""
+    return (p for p in parameters if not (p.requires_grad and elements(p) <= SMALL_FLOATS))
 
 
 def one_block_ahead(block_elements: int) -> dict[str, int]:
@@ -40,11 +50,16 @@ def one_block_ahead(block_elements: int) -> dict[str, int]:
     }
 
 
+def until_backward(whole_elements: int) -> dict[str, int]:
+    """Besides: all of the model may be alive, from a parameter's first use in a step to its last one."""
+    return {"stage3_max_live_parameters": 2 * whole_elements, "stage3_max_reuse_distance": 2**62}
+
+
 def deepspeed_config(
     config: RunConfig,
-    block_elements: int = 0,  # of the largest block, as DeepSpeed counts them; 0: DeepSpeed's own settings
-    trained_floats: int = 0,  # elements; 0: DeepSpeed's own settings
+    named_parameters: Sequence[tuple[str, nn.Parameter]] = (),  # that ZeRO sees; none: some of DeepSpeed's own settings
 ) -> dict:
+    parameters = [parameter for _, parameter in named_parameters]
     zero = {
         "stage": config.cluster.zero_stage,
         "contiguous_gradients": True,
@@ -53,10 +68,12 @@ def deepspeed_config(
         "stage3_param_persistence_threshold": 0,
         "stage3_model_persistence_threshold": 0,
     }
-    if trained_floats:
-        zero["reduce_bucket_size"] = reduce_bucket(trained_floats)
-    if block_elements and config.cluster.zero_stage == 3:
-        zero |= one_block_ahead(block_elements)
+    if parameters:
+        zero["reduce_bucket_size"] = reduce_bucket(sum(elements(p) for p in parameters if p.requires_grad))
+    if parameters and config.cluster.zero_stage == 3:
+        zero |= one_block_ahead(largest_block(named_parameters))
+        if config.comm.keeps_gathered(sum(elements(p) * p.element_size() for p in gathered_in_passes(parameters))):
+            zero |= until_backward(sum(map(elements, parameters)))
     return {
         "train_batch_size": config.train.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,

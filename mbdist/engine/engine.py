@@ -13,11 +13,17 @@ from mbdist.checkpoint import Checkpoint, Piece
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore, ReplicatedPlanes
 from mbdist.config.schema import RunConfig
-from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
+from mbdist.engine.deepspeed_config import deepspeed_config
 from mbdist.engine.float_optimizer import SkippableAdamW, optimizer_bytes
 from mbdist.engine.kept_floats import kept_parts, make_moments, optimizer_steps
 from mbdist.engine.traffic import count_traffic
-from mbdist.engine.zero3 import PartitionedPlanes, gather_after_step, gather_by_blocks, keep_between_steps
+from mbdist.engine.zero3 import (
+    PartitionedPlanes,
+    forget_forward_pass,
+    gather_after_step,
+    gather_by_blocks,
+    keep_between_steps,
+)
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.optim.parameter_groups import parameter_groups
 from mbdist.optim.schedule import warmup_cosine
@@ -39,6 +45,7 @@ class Engine:
         self.zero_stage = config.cluster.zero_stage
         self.communicator = communicator
         self._comm = config.comm
+        self._went_back = False  # since the last forward pass
         if self.zero_stage == 3:
             gather_by_blocks(student)
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
@@ -53,11 +60,7 @@ class Engine:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warmup_cosine(step, config.train.steps, floats.warmup_fraction)
         )
-        settings = deepspeed_config(
-            config,
-            largest_block(student.named_parameters()),
-            sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trained),
-        )
+        settings = deepspeed_config(config, list(student.named_parameters()))
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, lr_scheduler=self._schedule, config=settings
         )
@@ -87,11 +90,15 @@ class Engine:
         return None if norm is None else float(norm)
 
     def forward(self, **inputs):
+        if self.zero_stage == 3 and not self._went_back:
+            forget_forward_pass(self.engine)
+        self._went_back = False
         return self.engine(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """``loss`` is this rank's share times ranks times accumulation steps: DeepSpeed takes means over both."""
         self.engine.backward(loss)
+        self._went_back = True
 
     def step(self, apply: bool = True) -> None:
         """To be called after every backward; at an accumulation boundary it updates the floats, if ``apply``."""

@@ -17,7 +17,7 @@ from torch import nn
 from mbdist.comm.activity import Activity
 from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import RunConfig
-from mbdist.engine.deepspeed_config import deepspeed_config, largest_block
+from mbdist.engine.deepspeed_config import deepspeed_config
 from mbdist.engine.zero3 import keep_resident
 from mbdist.free_memory import giving_back_at_once
 from mbdist.model.layers import boolean_layers
@@ -35,7 +35,7 @@ def place(
     """Give every parameter and buffer of the student its memory and content."""
     if config.cluster.zero_stage == 3:
         keep_resident(student, resident_parameters(student, config))
-        settings = deepspeed_config(config, largest_block(student.named_parameters()))
+        settings = deepspeed_config(config, list(student.named_parameters()))
         place_partitioned(student, weights, settings, device, activity)
     else:
         _place(student, weights, device, None, activity)

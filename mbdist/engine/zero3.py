@@ -38,6 +38,15 @@ def gather_by_blocks(model: nn.Module) -> None:
             set_z3_leaf_module(module, True)
 
 
+def forget_forward_pass(engine: deepspeed.DeepSpeedEngine) -> None:
+    """To be called before a forward pass if the one before it had no backward pass. From the first pass that it records
+    DeepSpeed learns when parameters are used again, and it caches what to release: if that was an evaluation, training
+    would for ever release in forward what backward uses."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    if coordinator.is_record_trace():
+        coordinator._invalidate_trace()
+
+
 def keep_between_steps(engine: deepspeed.DeepSpeedEngine) -> list[nn.Parameter]:
     """Let small trained floats, scales above all, stay whole from one step to the next; they are returned. (DeepSpeed
     calls that persistent.) Planes must not be: a gathered copy would not see the flips in its partitions."""
@@ -88,6 +97,8 @@ class PartitionedPlanes:
         resident = {}
         for (matrix, k), mask in masks.items():
             if _is_partitioned(plane := self.planes[matrix][k]):
+                if plane.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+                    raise RuntimeError("a plane is still gathered from a forward pass: flips would not reach that copy")
                 xor_apply(plane.ds_tensor.data, mask)
             else:
                 resident[matrix, k] = mask

@@ -67,6 +67,8 @@ def _levers(config: RunConfig, workers: int, device: str) -> Iterator[tuple[dict
         yield {"loss.teacher": "cached"}, "its most likely tokens alone, written first by mbdist teacher cache"
     if workers > 1 and config.cluster.zero_stage < 3:
         yield {"cluster.zero_stage": 3}, "planes are gathered in every pass"
+    if config.comm.keep_gathered_gb:
+        yield {"comm.keep_gathered_gb": 0}, "blocks are gathered in forward and in backward passes"
     if config.comm.resident_floats != "none":
         yield {"comm.resident_floats": "none"}, "embeddings and head are gathered in every pass"
     if config.comm.resident_planes != "none":

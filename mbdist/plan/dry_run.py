@@ -1,5 +1,5 @@
-"""A run's start and its first pass with workers and tensors that are fake: the real engine, optimizer and codecs, what
-worker 0 would hold and send. DeepSpeed partitions as it would; nothing is computed.
+"""A run's start and its first passes with workers and tensors that are fake: the real engine, optimizer and codecs,
+what worker 0 would hold and send. DeepSpeed partitions as it would; nothing is computed.
 
 In a process of its own: the process group and DeepSpeed's settings are the process's.
 """
@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
@@ -42,9 +43,9 @@ class _AgreeingCommunicator(Communicator):
 
 
 def run_dry(planned: PlannedModel, workers: int, dtype: torch.dtype) -> dict:
-    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak``; of one micro-batch
-    ``sent`` by phase and ``buckets`` of signals, each one's size, by phase; ``owned_words`` of the planes, of the
-    worker that owns fewest and of the one that owns most; ``seconds`` that the dry run took."""
+    """Of worker 0, in bytes: ``kept`` between steps, ``start_peak`` until the first pass, ``peak`` in backward. Of one
+    micro-batch ``sent`` by phase and ``buckets`` of signals, each one's size, by phase. ``owned_words`` of the planes,
+    of the worker that owns fewest and of the one that owns most. ``seconds`` that the dry run took."""
     here = {"cluster.device": "cpu", "boolean.offload_accumulators": False, "train.offload_activations": False}
     config = with_changes(planned.config.at_size(workers), here)
     return in_own_process(_dry_run, config, str(dtype).removeprefix("torch."))
@@ -74,6 +75,7 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
     workers = config.cluster.most_workers
     communicator = _AgreeingCommunicator(config.comm.timeout_s)
     place(student, _NoWeights(), config, torch.device("cpu"))
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _ints: None  # there are no others to ask
     student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
     student.train()
     readout = Readout(student)
@@ -93,20 +95,30 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
     alike = {name: 1.0 for name, parameter in student.named_parameters() if parameter.requires_grad}
     engine = Engine(student, boolean, config, communicator, alike)
     start_peak = memory.peak_bytes
-    boolean.curvature.steps = 1  # the first step only measures
     moments = 2 * sum(p.nbytes for group in engine.optimizer.param_groups for p in group["params"])
     kept = memory.restart_peak() + moments
-    ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        states = readout(engine.forward, lambda states, _head: states, ids, use_cache=False)[1]
-    engine.backward(states.mean())
-    boolean.finish_micro_batch()
-    communicator.all_reduce_sum(boolean.curvature.sums, "statistics")  # whether it is finite cannot be asked here
+
+    def micro_batch() -> None:
+        boolean.curvature.steps = 1  # the first step only measures
+        ids = torch.zeros(config.train.micro_batch, config.data.window, dtype=torch.int64)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            states = readout(engine.forward, lambda states, _head: states, ids, use_cache=False)[1]
+        memory.restart_peak()
+        engine.backward(states.mean())
+        boolean.finish_micro_batch()
+        communicator.all_reduce_sum(boolean.curvature.sums, "statistics")  # whether it is finite cannot be asked here
+
+    micro_batch()  # in which DeepSpeed learns what is used when
+    boolean.skip()
+    communicator.buckets.clear()
+    before = dict(communicator.bytes_sent)
+    micro_batch()
+    sent = {phase: size - before.get(phase, 0) for phase, size in communicator.bytes_sent.items()}
     return {
         "kept": kept,
         "start_peak": start_peak,
         "peak": memory.peak_bytes + moments,
-        "sent": dict(communicator.bytes_sent),
+        "sent": {phase: size for phase, size in sent.items() if size},
         "buckets": communicator.buckets,
         "owned_words": _owned_words(boolean, workers),
     }
@@ -126,8 +138,8 @@ def beside_plan(found: dict, memory: MemoryPlan, model: TrainedModel, config: Ru
     """What ``run_dry`` found beside what is planned for the same (null: nothing is), in bytes or words."""
     workers = config.cluster.most_workers
     sent = step_bytes(model, workers, config.cluster.zero_stage, config.comm)
-    # The first micro-batch finds no floats that a step before it has gathered: forward and backward gather them.
-    sent["floats"] = 2 * sent["floats"] + sent.get("frozen floats", 0)
+    # Small trained floats are gathered after a step, and none is taken.
+    sent["floats"] += sent.get("frozen floats", 0) - (4 * model.floats - model.large.whole) * (workers - 1) // workers
     words = sum(matrix.planes * -(-matrix.plane_words // workers) for matrix in model.matrices)
     planned = [
         ("kept between steps", found["kept"], memory.of_the_student),

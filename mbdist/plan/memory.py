@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mbdist.comm.partition import WordPartition
 from mbdist.config.schema import CommConfig, RunConfig
 from mbdist.convert.blocks import block_names
-from mbdist.engine.deepspeed_config import SMALL_FLOATS, largest_block, reduce_bucket
+from mbdist.engine.deepspeed_config import SMALL_FLOATS, gathered_in_passes, largest_block, reduce_bucket
 from mbdist.engine.placement import resident_parameters
 from mbdist.model.layers import boolean_layers
 from mbdist.optim.boolean import BooleanOptimizer
@@ -79,7 +79,7 @@ def _plan(planned: PlannedModel, workers: int, dtype: torch.dtype, device: str, 
         **_accumulators_on_device(boolean, config),
         "teacher": _teacher_bytes(planned.teacher_model(dtype), config),
     }
-    block, outside = _gathered_bytes(student, resident) if config.cluster.zero_stage == 3 else (0, 0)
+    block, outside = _gathered_bytes(student, resident, config) if config.cluster.zero_stage == 3 else (0, 0)
     sink = boolean if workers <= _TRACED_WORKERS else _optimizer(student, config, _TRACED_WORKERS)
     activations, temporaries = _activation_bytes(student, sink, config, dtype, memory)
     largest = max(layer.num_weights for layer in boolean.layers.values())
@@ -152,17 +152,17 @@ def _parameter_bytes(
     return found
 
 
-def _gathered_bytes(student: PreTrainedModel, resident: set[nn.Parameter]) -> tuple[int, int]:
-    """Under stage 3: (of the blocks that DeepSpeed may hold at a time, of the largest parameter outside of blocks)."""
-
-    def moves(parameter: nn.Parameter) -> bool:
-        return parameter.numel() > SMALL_FLOATS if parameter.requires_grad else parameter not in resident
-
-    gathered = [(name, p) for name, p in student.named_parameters() if moves(p)]
-    block = largest_block(gathered)
-    embeddings = {id(m.weight) for m in (student.get_input_embeddings(), student.get_output_embeddings()) if m}
-    outside = max((p.nbytes for _, p in gathered if id(p) in embeddings), default=0)
-    return 2 * _FP32 * block, outside
+def _gathered_bytes(student: PreTrainedModel, resident: set[nn.Parameter], config: RunConfig) -> tuple[int, int]:
+    """Under stage 3, what DeepSpeed holds at a time, (in the last block's backward, while the loss is computed): two
+    blocks, and the head; or all that is used again."""
+    gathered = set(gathered_in_passes(p for p in student.parameters() if p not in resident))
+    embedding, head = (m.weight for m in (student.get_input_embeddings(), student.get_output_embeddings()))
+    if config.comm.keeps_gathered(sum(p.nbytes for p in gathered)):
+        used_last = {embedding} if embedding.requires_grad or config.train.activation_checkpointing else set()
+        in_backward = gathered - ({embedding, head} - used_last)
+        return sum(p.nbytes for p in in_backward), sum(p.nbytes for p in in_backward | gathered & {head})
+    block = largest_block((name, p) for name, p in student.named_parameters() if p in gathered)
+    return 2 * _FP32 * block, max((p.nbytes for p in gathered & {embedding, head}), default=0)
 
 
 def _activation_bytes(

@@ -6,9 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from mbdist.comm.step_bytes import TrainedMatrix, TrainedModel, step_bytes
+from mbdist.comm.step_bytes import GatheredFloats, TrainedMatrix, TrainedModel, step_bytes
 from mbdist.config.schema import BooleanOptimizerConfig, RunConfig
+from mbdist.engine.deepspeed_config import gathered_in_passes
 from mbdist.model.layers import boolean_layers
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.accumulated import plane_sets, trained_planes
@@ -39,17 +41,22 @@ def trained_model(planned: PlannedModel, dtype: torch.dtype) -> TrainedModel:
         floats = [p for p in student.parameters() if p.is_floating_point()]
         scales = sum(layer.scale_out.numel() + layer.scale_in.numel() for layer in layers)
         embedding = student.get_input_embeddings().weight
-        # Backward passes nothing on to frozen embeddings, unless checkpoints ask for gradients of their outputs.
+        # Backward passes nothing on to frozen embeddings, unless checkpoints ask for gradients of their outputs. The
+        # head's backward follows on its forward.
         backward = planned.config.train.activation_checkpointing
-        uses = {id(p): 2 for p in floats if not p.requires_grad}
-        if id(embedding) in uses:
-            tied = student.get_output_embeddings().weight is embedding
-            uses[id(embedding)] = 1 + backward + 2 * tied
+        uses: Counter[int] = Counter({id(student.get_output_embeddings().weight): 1})
+        uses[id(embedding)] += 1 + (backward or embedding.requires_grad)
+
+        def gathered(of_these: list[nn.Parameter]) -> GatheredFloats:
+            passes = sum((uses[id(p)] or 2) * p.nbytes for p in of_these)
+            return GatheredFloats(sum(p.nbytes for p in of_these), passes)
+
         return TrainedModel(
             [_trained_matrix(layer, planned.config.boolean) for layer in layers],
             planned.config.boolean.turns,
             other_floats=sum(p.numel() for p in floats if p.requires_grad) - scales,
-            frozen_gathered=sum(uses.get(id(p), 0) * p.nbytes for p in floats),
+            frozen=gathered([p for p in floats if not p.requires_grad]),
+            large=gathered([p for p in gathered_in_passes(floats) if p.requires_grad]),
         )
 
     return with_fake_tensors(count)

@@ -2,7 +2,14 @@
 
 import pytest
 
-from mbdist.comm.step_bytes import TrainedMatrix, TrainedModel, dense_step_bytes, llama_matrices, step_bytes
+from mbdist.comm.step_bytes import (
+    GatheredFloats,
+    TrainedMatrix,
+    TrainedModel,
+    dense_step_bytes,
+    llama_matrices,
+    step_bytes,
+)
 from mbdist.config.schema import CommConfig
 
 MODEL = TrainedModel([TrainedMatrix(64, 64, planes=2)])  # 128 words a plane, 256 floats
@@ -10,7 +17,7 @@ LLAMA_70B = TrainedModel(llama_matrices(80, 8192, 28672, 1024, planes=2))
 
 
 def test_of_one_matrix_on_two_ranks():
-    found = step_bytes(MODEL, 2, 3, CommConfig(codec="sign"))
+    found = step_bytes(MODEL, 2, 3, CommConfig(codec="sign", keep_gathered_gb=0))
     assert found["signal"] == 4 * (64 + 33), "half the words and the scales of 32 rows, and of one that might be cut"
     assert found["statistics"] == 8 * 128
     assert found["planes"] == 2 * 2 * 512 // 2
@@ -20,7 +27,19 @@ def test_of_one_matrix_on_two_ranks():
 
 def test_resident_planes_are_not_gathered():
     planes = [step_bytes(MODEL, 2, 3, CommConfig(resident_planes=kind))["planes"] for kind in ("none", "frozen", "all")]
-    assert planes == [1024, 512, 0]
+    assert planes == [512, 256, 0]
+
+
+def test_what_fits_is_gathered_once_a_micro_batch():
+    """1,024 bytes of planes, and floats of which forward and backward together make three uses."""
+    model = TrainedModel(
+        MODEL.matrices, other_floats=1000, frozen=GatheredFloats(100, 300), large=GatheredFloats(200, 600)
+    )
+    for gb, times in ((1324 / 2**30, 1), (1323 / 2**30, 3)):
+        found = step_bytes(model, 2, 3, CommConfig(keep_gathered_gb=gb), micro_batches=2)
+        assert found["planes"] == 2 * min(times, 2) * 1024 // 2
+        assert found["frozen floats"] == 2 * times * 100 // 2
+        assert found["floats"] == (4 * (256 + 1000) - 200 + 2 * times * 200) // 2
 
 
 def test_what_trains_decides_what_travels():
@@ -29,7 +48,7 @@ def test_what_trains_decides_what_travels():
     last = step_bytes(MODEL, 2, 3, codec)
     levels = step_bytes(TrainedModel([TrainedMatrix(64, 64, 2, signals=1, trained_planes=2)]), 2, 3, codec)
     both = step_bytes(TrainedModel([TrainedMatrix(64, 64, 2, signals=2, trained_planes=2)]), 2, 3, codec)
-    assert levels["planes"] == both["planes"] == 2 * last["planes"] == 1024
+    assert levels["planes"] == both["planes"] == 2 * last["planes"] == 512
     assert levels["signal"] == last["signal"] and both["signal"] == 2 * last["signal"]
     assert levels["flip_counts"] == last["flip_counts"] and both["flip_counts"] == 2 * last["flip_counts"]
 

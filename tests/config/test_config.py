@@ -183,12 +183,27 @@ def test_machines_that_do_not_divide_the_workers_are_refused():
         parse_config({**MINIMAL, **sections, "comm": {"node_size": "some"}})
 
 
-def test_zero_3_gathers_one_block_ahead():
+def test_zero_3_gathers_one_block_ahead_and_keeps_for_backward_what_has_room():
+    from torch import nn
+
     from mbdist.engine.deepspeed_config import deepspeed_config
 
-    config = parse_config({**MINIMAL, "cluster": {"zero_stage": 3}})
-    assert deepspeed_config(config, 1000)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
-    assert "stage3_prefetch_bucket_size" not in deepspeed_config(config)["zero_optimization"]
+    model = list(
+        nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(100, 10, bias=False) for _ in range(3))}).named_parameters()
+    )
+    for _, parameter in model:
+        parameter.requires_grad_(False)
+
+    def zero(gb: float) -> dict:
+        comm = {"keep_gathered_gb": gb}
+        config = parse_config({**MINIMAL, "cluster": {"zero_stage": 3}, "comm": comm})
+        assert "stage3_prefetch_bucket_size" not in deepspeed_config(config)["zero_optimization"]
+        return deepspeed_config(config, model)["zero_optimization"]
+
+    room = 4 * 3000 / 2**30
+    assert zero(room)["stage3_prefetch_bucket_size"] == zero(0)["stage3_prefetch_bucket_size"] == 1000
+    assert zero(room)["stage3_max_reuse_distance"] > 2**60
+    assert zero(room - 1e-9)["stage3_max_reuse_distance"] == zero(0)["stage3_max_reuse_distance"] == 1000
 
 
 @pytest.mark.parametrize(("planes", "message"), [([1, 1], "names a plane twice"), ([-1], "boolean.planes")])

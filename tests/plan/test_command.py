@@ -60,7 +60,7 @@ def small(tmp_path_factory):
 
 ALONE = ["cluster.workers=1", "cluster.zero_stage=2", "comm.resident_planes=none", "comm.resident_floats=none"]
 SMALLER = ["train.micro_batch=1", "loss.chunk_tokens=128"]
-NOTHING_RESIDENT = ["comm.resident_floats=none", "comm.resident_planes=none"]
+NOTHING_RESIDENT = ["comm.keep_gathered_gb=0", "comm.resident_floats=none", "comm.resident_planes=none"]
 INT4 = "boolean.accumulator=int4 boolean.signal=curvature boolean.step_size=0.05"
 SHARDED = "loss.teacher_placement=sharded"
 

@@ -69,6 +69,7 @@ def test_a_dry_run_shows_partition_buckets_and_bytes_beside_the_plan(tmp_path, l
     assert rows["words that a worker owns, at least"][0] == 2 * sum(last) < 2 * sum(parts)
 
 
+TWICE = {"keep_gathered_gb": 0.0}
 RESIDENT = {"resident_planes": "frozen", "resident_floats": "frozen"}
 
 
@@ -81,7 +82,8 @@ RESIDENT = {"resident_planes": "frozen", "resident_floats": "frozen"}
         (3, 1, False, {}),
         (8, 2, True, {}),
         (4, 3, False, {}),
-        (16, 3, True, RESIDENT),
+        (4, 3, False, TWICE),
+        (16, 3, True, TWICE | RESIDENT),
     ],
 )
 def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers, stage, checkpointing, comm):
