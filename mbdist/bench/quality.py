@@ -141,19 +141,43 @@ def _longer_rows(config: RunConfig) -> Iterator[Row]:
 def _adapted_rows(config: RunConfig) -> Iterator[Row]:
     """What finetuning does to the bits apart from what it teaches about the text: the float model sees the text first,
     is converted then, and teaches; on twice the tokens in all, as many as the longer rows."""
-    taught_by = [
-        config.seed,
-        _longer(config),
-        *(part.model_dump() for part in (config.model, config.data, config.train)),
-    ]
-    folder = (str(Path(config.run_dir) / f"adapted-{_digest(taught_by)}"),)
-    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": 2 * _longer(config)["train.steps"]})
+    steps = _longer(config)["train.steps"]
+    first = _adapted_folder(config, steps), steps
+    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": 2 * steps})
     both = [{"convert.planes": planes} for planes in (2, 3)]
     for at in both:
-        yield Row("finetuned", "adapted, scales and bits", measure_adapted_run, at, folder)
-        yield Row("finetuned", "adapted, scales only", measure_adapted_run, {**at, **_scales_only(config)}, folder)
+        yield Row("finetuned", "adapted, scales and bits", measure_adapted_run, at, first)
+        yield Row("finetuned", "adapted, scales only", measure_adapted_run, {**at, **_scales_only(config)}, first)
     for at in both:
-        yield Row("finetuned", "adapted, straight-through latents", measure_adapted_straight_through, at, folder)
+        yield Row("finetuned", "adapted, straight-through latents", measure_adapted_straight_through, at, first)
+
+
+def _blocks_rows(config: RunConfig) -> Iterator[Row]:
+    """On as many tokens as the adapted rows: a quarter for the float model, two fifths for the blocks, over four times
+    the text, the others for the model, in steps of half the size."""
+    budget = 2 * _longer(config)["train.steps"]  # of whole steps
+    half = {
+        "train.sequences_per_step": config.train.sequences_per_step // 2,
+        "train.micro_batch": config.train.micro_batch // 2,
+    }
+    in_halves = with_changes(config, half)
+    before, blocks = budget // 2, 5 * budget // 12
+    first = _adapted_folder(in_halves, before), before
+    rest = 2 * (budget - blocks) - before
+    text = {"convert.calibration_tokens": 4 * config.convert.calibration_tokens}
+    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": budget})
+    for planes in (2, 3):
+        at = {"convert.planes": planes, **text, **half}
+        bits = {"convert.reconstruction.steps": blocks, "train.steps": rest}
+        scales = {**_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": rest + 2 * blocks}
+        yield Row("finetuned", "adapted, mostly blocks, scales and bits", measure_adapted_run, {**at, **bits}, first)
+        yield Row("finetuned", "adapted, small steps, scales only", measure_adapted_run, {**at, **scales}, first)
+
+
+def _adapted_folder(config: RunConfig, steps: int) -> str:
+    """Where the float model stays after so many steps."""
+    taught_by = [config.seed, steps, *(part.model_dump() for part in (config.model, config.data, config.train))]
+    return str(Path(config.run_dir) / f"adapted-{_digest(taught_by)}")
 
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:
@@ -230,6 +254,7 @@ GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "finetuned": _finetuned_rows,
     "longer": _longer_rows,
     "adapted": _adapted_rows,
+    "blocks": _blocks_rows,
     "allocation": _allocation_rows,
     "architecture": _architecture_rows,
     "conversion": _conversion_rows,

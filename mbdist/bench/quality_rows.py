@@ -93,23 +93,23 @@ def _finetuned_float(config: RunConfig, steps: int) -> tuple[nn.Module, list[flo
     return model, train_dense(config, model, steps, _FLOAT_LR)
 
 
-def measure_adapted_run(config: RunConfig, folder: str) -> dict:
-    """Half of the tokens teach the float model the text; then it is converted, finetuned on as many and measured."""
-    return _after_adaptation(config, Path(folder), measure_run)
+def measure_adapted_run(config: RunConfig, folder: str, steps: int) -> dict:
+    """The float model is taught the text for so many steps; then it is converted, finetuned, as its own teacher, and
+    measured."""
+    return _after_adaptation(config, Path(folder), steps, measure_run)
 
 
-def measure_adapted_straight_through(config: RunConfig, folder: str) -> dict:
+def measure_adapted_straight_through(config: RunConfig, folder: str, steps: int) -> dict:
     """The same with latent weights."""
-    return _after_adaptation(config, Path(folder), measure_straight_through)
+    return _after_adaptation(config, Path(folder), steps, measure_straight_through)
 
 
-def _after_adaptation(config: RunConfig, folder: Path, measure: Callable[[RunConfig], dict]) -> dict:
-    """``measure`` on the float model that was finetuned on as many tokens, and is the teacher too; it stays in
-    ``folder`` for other rows."""
+def _after_adaptation(config: RunConfig, folder: Path, steps: int, measure: Callable[[RunConfig], dict]) -> dict:
+    """``measure`` on the float model as so many steps have left it, in ``folder``, for other rows too."""
     from mbdist.model.loading import load_tokenizer
 
     if not folder.exists():
-        model, _ = _finetuned_float(config, _trained_tokens(config) // config.tokens_per_step)
+        model, _ = _finetuned_float(config, steps)
         unfinished = folder.with_suffix(".partial")
         model.eval().save_pretrained(unfinished)
         load_tokenizer(config.model).save_pretrained(unfinished)
@@ -117,7 +117,7 @@ def _after_adaptation(config: RunConfig, folder: Path, measure: Callable[[RunCon
         del model
     model_config = ModelConfig(path=str(folder))
     found = measure(config.model_copy(update={"model": model_config, "run_dir": f"{config.run_dir}-adapted"}))
-    return {**found, "tokens": 2 * found["tokens"]}
+    return {**found, "tokens": found["tokens"] + steps * config.tokens_per_step}
 
 
 def measure_from_scratch(config: RunConfig, folder: str) -> dict:

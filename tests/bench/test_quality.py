@@ -12,7 +12,7 @@ from mbdist.config import load_config, parse_config
 
 
 def small_groups(adapted_folder):
-    adapted = (str(adapted_folder),)
+    adapted = (str(adapted_folder), 6)
     return {
         "start": lambda _config: iter(
             [
@@ -64,13 +64,15 @@ def test_every_row_is_a_valid_config():
     config = load_config("configs/quality.yaml", [])
     all_rows = [row for rows in quality.GROUPS.values() for row in rows(config)]
     names = [(row.group, row.name, str(row.changes), row.arguments) for row in all_rows]
-    shared = 1  # the float model that rows longer and adapted are compared with
+    shared = 2  # the float model that rows longer, adapted and blocks are compared with
     assert len(names) - shared == len(set(names)) > 40
     for row in all_rows:
         quality.changed_config(config, row.changes)
 
 
-@pytest.mark.parametrize(("group", "most"), [("finetuned", 250_000), ("longer", 500_000), ("adapted", 500_000)])
+@pytest.mark.parametrize(
+    ("group", "most"), [("finetuned", 250_000), ("longer", 500_000), ("adapted", 500_000), ("blocks", 500_000)]
+)
 def test_compared_rows_see_the_same_number_of_tokens(group, most):
     config = load_config("configs/quality.yaml", [])
     tokens = set()
@@ -79,8 +81,8 @@ def test_compared_rows_see_the_same_number_of_tokens(group, most):
         if row.measure is quality_rows.measure_finetuned_float:
             tokens.add(changed.train.steps * changed.tokens_per_step)
         else:
-            times = 2 if row.name.startswith("adapted") else 1  # the float model before it
-            tokens.add(times * quality_rows._trained_tokens(changed))
+            before = row.arguments[1] * changed.tokens_per_step if row.name.startswith("adapted") else 0
+            tokens.add(before + quality_rows._trained_tokens(changed))
     assert len(tokens) == 1 and max(tokens) <= most
 
 
