@@ -145,7 +145,7 @@ def test_env_and_schema_are_json():
         (["eval", "{model}", "--python-docs", "--preparation", "ptb"], "there is packed, wikitext2, c4"),
         (
             ["bench", "quality", "--group", "x"],
-            "there is start, finetuned, longer, allocation, architecture, conversion, ablation",
+            "there is start, finetuned, longer, adapted, blocks, allocation, architecture, conversion, ablation",
         ),
         (["bench", "comm", "--codec", "x"], "there is fp32, bf16, int8, int4, sign, sign_unbiased"),
         (["bench", "scaling", "--ranks", "9"], "no multiple of --node-size 8"),
