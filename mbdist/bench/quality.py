@@ -142,7 +142,7 @@ def _adapted_rows(config: RunConfig) -> Iterator[Row]:
     """What finetuning does to the bits apart from what it teaches about the text: the float model sees the text first,
     is converted then, and teaches; on twice the tokens in all, as many as the longer rows."""
     steps = _longer(config)["train.steps"]
-    first = _adapted_folder(config, steps), steps
+    first = (steps,)
     yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": 2 * steps})
     both = [{"convert.planes": planes} for planes in (2, 3)]
     for at in both:
@@ -156,13 +156,10 @@ def _blocks_rows(config: RunConfig) -> Iterator[Row]:
     """On as many tokens as the adapted rows: a quarter for the float model, two fifths for the blocks, over four times
     the text, the others for the model, in steps of half the size."""
     budget = 2 * _longer(config)["train.steps"]  # of whole steps
-    half = {
-        "train.sequences_per_step": config.train.sequences_per_step // 2,
-        "train.micro_batch": config.train.micro_batch // 2,
-    }
-    in_halves = with_changes(config, half)
+    sequences = config.train.sequences_per_step // 2
+    half = {"train.sequences_per_step": sequences, "train.micro_batch": min(config.train.micro_batch, sequences)}
     before, blocks = budget // 2, 5 * budget // 12
-    first = _adapted_folder(in_halves, before), before
+    first = (before,)
     rest = 2 * (budget - blocks) - before
     text = {"convert.calibration_tokens": 4 * config.convert.calibration_tokens}
     yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": budget})
@@ -172,12 +169,6 @@ def _blocks_rows(config: RunConfig) -> Iterator[Row]:
         scales = {**_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": rest + 2 * blocks}
         yield Row("finetuned", "adapted, mostly blocks, scales and bits", measure_adapted_run, {**at, **bits}, first)
         yield Row("finetuned", "adapted, small steps, scales only", measure_adapted_run, {**at, **scales}, first)
-
-
-def _adapted_folder(config: RunConfig, steps: int) -> str:
-    """Where the float model stays after so many steps."""
-    taught_by = [config.seed, steps, *(part.model_dump() for part in (config.model, config.data, config.train))]
-    return str(Path(config.run_dir) / f"adapted-{_digest(taught_by)}")
 
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:

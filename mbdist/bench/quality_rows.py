@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mbdist.bench.process import one_process_trainer
+from mbdist.bench.process import in_own_process, one_process_trainer
 from mbdist.bench.uniform import bits_per_weight as uniform_bits
 from mbdist.bench.uniform import gptq, round_to_nearest
 from mbdist.config import RunConfig
@@ -93,31 +94,39 @@ def _finetuned_float(config: RunConfig, steps: int) -> tuple[nn.Module, list[flo
     return model, train_dense(config, model, steps, _FLOAT_LR)
 
 
-def measure_adapted_run(config: RunConfig, folder: str, steps: int) -> dict:
+def measure_adapted_run(config: RunConfig, steps: int) -> dict:
     """The float model is taught the text for so many steps; then it is converted, finetuned, as its own teacher, and
     measured."""
-    return _after_adaptation(config, Path(folder), steps, measure_run)
+    return _after_adaptation(config, steps, measure_run)
 
 
-def measure_adapted_straight_through(config: RunConfig, folder: str, steps: int) -> dict:
+def measure_adapted_straight_through(config: RunConfig, steps: int) -> dict:
     """The same with latent weights."""
-    return _after_adaptation(config, Path(folder), steps, measure_straight_through)
+    return _after_adaptation(config, steps, measure_straight_through)
 
 
-def _after_adaptation(config: RunConfig, folder: Path, steps: int, measure: Callable[[RunConfig], dict]) -> dict:
-    """``measure`` on the float model as so many steps have left it, in ``folder``, for other rows too."""
-    from mbdist.model.loading import load_tokenizer
-
+def _after_adaptation(config: RunConfig, steps: int, measure: Callable[[RunConfig], dict]) -> dict:
+    """``measure`` on the float model as so many steps have left it, in a folder that rows share."""
+    taught_by = [config.seed, steps, config.model, config.data.train, config.data.window, config.floats.warmup_fraction]
+    taught_by += [config.train.sequences_per_step, config.train.micro_batch, config.train.max_grad_norm]
+    digest = hashlib.sha256(repr(taught_by).encode()).hexdigest()[:16]
+    folder = Path(config.run_dir).parent / f"adapted-{digest}"
     if not folder.exists():
-        model, _ = _finetuned_float(config, steps)
-        unfinished = folder.with_suffix(".partial")
-        model.eval().save_pretrained(unfinished)
-        load_tokenizer(config.model).save_pretrained(unfinished)
-        unfinished.rename(folder)
-        del model
+        in_own_process(_adapt, config, steps, folder)
     model_config = ModelConfig(path=str(folder))
     found = measure(config.model_copy(update={"model": model_config, "run_dir": f"{config.run_dir}-adapted"}))
     return {**found, "tokens": found["tokens"] + steps * config.tokens_per_step}
+
+
+def _adapt(config: RunConfig, steps: int, folder: Path) -> dict:
+    from mbdist.model.loading import load_tokenizer
+
+    model, _ = _finetuned_float(config, steps)
+    unfinished = folder.with_suffix(".partial")
+    model.eval().save_pretrained(unfinished)
+    load_tokenizer(config.model).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return {}
 
 
 def measure_from_scratch(config: RunConfig, folder: str) -> dict:

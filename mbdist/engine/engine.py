@@ -95,6 +95,13 @@ class Engine:
         self._went_back = False
         return self.engine(**inputs)
 
+    def end_evaluation(self) -> None:
+        """Give back what stage 3 has gathered, or is gathering, for a backward pass that does not come. Parameters on
+        their way could not be saved."""
+        if self.zero_stage == 3:
+            self.engine.empty_partition_cache()
+            gather_after_step(self._kept)
+
     def backward(self, loss: torch.Tensor) -> None:
         """``loss`` is this rank's share times ranks times accumulation steps: DeepSpeed takes means over both."""
         self.engine.backward(loss)

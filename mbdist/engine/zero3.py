@@ -100,14 +100,12 @@ class PartitionedPlanes:
         return plane.ds_tensor.data if _is_partitioned(plane) else self._resident.owned_words(matrix, k)
 
     def apply(self, masks: dict[tuple[int, int], torch.Tensor]) -> None:
-        resident = {}
-        for (matrix, k), mask in masks.items():
-            if _is_partitioned(plane := self.planes[matrix][k]):
-                if plane.ds_status != ZeroParamStatus.NOT_AVAILABLE:
-                    raise RuntimeError("a plane is still gathered from a forward pass: flips would not reach that copy")
-                xor_apply(plane.ds_tensor.data, mask)
-            else:
-                resident[matrix, k] = mask
+        partitioned = {key: mask for key, mask in masks.items() if _is_partitioned(self.planes[key[0]][key[1]])}
+        resident = {key: mask for key, mask in masks.items() if key not in partitioned}
+        if any(self.planes[m][k].ds_status != ZeroParamStatus.NOT_AVAILABLE for m, k in partitioned):
+            raise RuntimeError("a plane is still gathered from a forward pass: flips would not reach that copy")
+        for (matrix, k), mask in partitioned.items():
+            xor_apply(self.planes[matrix][k].ds_tensor.data, mask)
         if resident:
             self._resident.apply(resident)
 

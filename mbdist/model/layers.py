@@ -29,6 +29,11 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
+def embedding_and_head(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The weights of a model's input embedding and of its LM head; None where it names no head."""
+    return model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+
+
 def convertible_layers(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> dict[str, nn.Module]:

@@ -66,13 +66,13 @@ def _levers(config: RunConfig, workers: int, device: str) -> Iterator[tuple[dict
             yield {"loss.teacher_placement": "sharded"}, "the teacher is gathered in every pass"
         yield {"loss.teacher": "cached"}, "its most likely tokens alone, written first by mbdist teacher cache"
     if workers > 1 and config.cluster.zero_stage < 3:
-        yield {"cluster.zero_stage": 3}, "planes are gathered in every pass"
-    if config.comm.keep_gathered_gb:
+        yield {"cluster.zero_stage": 3}, "planes are gathered in every step"
+    if config.comm.keep_gathered_gb and workers > 1:
         yield {"comm.keep_gathered_gb": 0}, "blocks are gathered in forward and in backward passes"
     if config.comm.resident_floats != "none":
         yield {"comm.resident_floats": "none"}, "embeddings and head are gathered in every pass"
     if config.comm.resident_planes != "none":
-        yield {"comm.resident_planes": "none"}, "all planes are gathered in every pass"
+        yield {"comm.resident_planes": "none"}, "all planes are gathered in every step"
     if config.boolean.signal == "evidence":
         signal = {"boolean.signal": "curvature", "boolean.step_size": 0.05}
         yield {"boolean.accumulator": "int4", **signal}, "coarser accumulators, which the evidence signal cannot use"

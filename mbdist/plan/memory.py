@@ -18,7 +18,7 @@ from mbdist.config.schema import CommConfig, RunConfig
 from mbdist.convert.blocks import block_names
 from mbdist.engine.deepspeed_config import SMALL_FLOATS, gathered_in_passes, largest_block, reduce_bucket
 from mbdist.engine.placement import resident_parameters
-from mbdist.model.layers import boolean_layers
+from mbdist.model.layers import boolean_layers, embedding_and_head
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.plan.fake import LiveMemory, with_fake_tensors
 from mbdist.plan.model import PlannedModel
@@ -156,7 +156,7 @@ def _gathered_bytes(student: PreTrainedModel, resident: set[nn.Parameter], confi
     """Under stage 3, what DeepSpeed holds at a time, (in the last block's backward, while the loss is computed): two
     blocks, and the head; or all that is used again."""
     gathered = set(gathered_in_passes(p for p in student.parameters() if p not in resident))
-    embedding, head = (m.weight for m in (student.get_input_embeddings(), student.get_output_embeddings()))
+    embedding, head = embedding_and_head(student)
     if config.comm.keeps_gathered(sum(p.nbytes for p in gathered)):
         used_last = {embedding} if embedding.requires_grad or config.train.activation_checkpointing else set()
         in_backward = gathered - ({embedding, head} - used_last)

@@ -11,7 +11,7 @@ from torch import nn
 from mbdist.comm.step_bytes import GatheredFloats, TrainedMatrix, TrainedModel, step_bytes
 from mbdist.config.schema import BooleanOptimizerConfig, RunConfig
 from mbdist.engine.deepspeed_config import gathered_in_passes
-from mbdist.model.layers import boolean_layers
+from mbdist.model.layers import boolean_layers, embedding_and_head
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.accumulated import plane_sets, trained_planes
 from mbdist.plan.fake import with_fake_tensors
@@ -40,11 +40,11 @@ def trained_model(planned: PlannedModel, dtype: torch.dtype) -> TrainedModel:
         layers = [layer for _, layer in boolean_layers(student)]
         floats = [p for p in student.parameters() if p.is_floating_point()]
         scales = sum(layer.scale_out.numel() + layer.scale_in.numel() for layer in layers)
-        embedding = student.get_input_embeddings().weight
+        embedding, head = embedding_and_head(student)
         # Backward passes nothing on to frozen embeddings, unless checkpoints ask for gradients of their outputs. The
         # head's backward follows on its forward.
         backward = planned.config.train.activation_checkpointing
-        uses: Counter[int] = Counter({id(student.get_output_embeddings().weight): 1})
+        uses: Counter[int] = Counter({id(head): 1})
         uses[id(embedding)] += 1 + (backward or embedding.requires_grad)
 
         def gathered(of_these: list[nn.Parameter]) -> GatheredFloats:

@@ -99,8 +99,11 @@ class RunWatcher:
                 self.console.print(line, markup=False)
             self.console.print(f"teacher: {record['teacher']}; logits: {record['logits']}", markup=False)
         if event == "start" and record["zero_stage"] == 3:
-            chosen = record["deepspeed"].get("stage3_prefetch_bucket_size", 0)
-            self.console.print(f"ZeRO-3 gathers {chosen:,} elements ahead: one block, in words", markup=False)
+            chosen = record["deepspeed"]
+            ahead, reuse = chosen["stage3_prefetch_bucket_size"], chosen["stage3_max_reuse_distance"]
+            passes = "forward and backward together" if reuse > ahead else "forward, and again for backward"
+            says = f"ZeRO-3 gathers {ahead:,} elements ahead: one block, in words; for {passes}"
+            self.console.print(says, markup=False)
 
     def _show_step(self, record: dict) -> None:
         status = (

@@ -83,6 +83,7 @@ RESIDENT = {"resident_planes": "frozen", "resident_floats": "frozen"}
         (8, 2, True, {}),
         (4, 3, False, {}),
         (4, 3, False, TWICE),
+        (16, 3, True, {}),
         (16, 3, True, TWICE | RESIDENT),
     ],
 )

@@ -46,8 +46,8 @@ def settings(run_dir, model, workers, stage, lr=0.0, sections=None, **train_sect
         model,
         cluster={"workers": workers, "zero_stage": stage, "cpus_per_worker": 1},
         floats={"lr": lr, **sections.pop("floats", {})},
+        data={"max_eval_windows": 2, **sections.pop("data", {})},
         **sections,
-        data={"max_eval_windows": 2},
         train=train_section,
     )
 
@@ -139,6 +139,17 @@ def test_resident_planes_change_nothing_but_traffic(tmp_path, llama_folder):
     assert planes["all"] == planes["floats"] == 0
     assert sent["twice"]["floats"] > sent["none"]["floats"] and sent["all"]["floats"] > sent["floats"]["floats"]
     assert "flips" not in sent["none"] and "flips" not in sent["frozen"] and sent["all"]["flips"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident_floats", ["none", "frozen"])
+def test_what_evaluations_gather_ahead_is_not_in_the_way_of_saving(tmp_path, resident_floats):
+    """Of many batches, by ranks that keep nothing for backward: the last ones gather blocks ahead for it."""
+    comm = {"keep_gathered_gb": 0.0, "resident_floats": resident_floats}
+    sections = {"comm": comm, "data": {"max_eval_windows": 8}}
+    model = models.save_small_model(tmp_path / "deep", layers=8)
+    _, flips, steps = train(tmp_path, model, 2, 3, sections=sections, eval_every=2, eval_batch=1)
+    assert sum(sum(step.values()) for step in flips) > 100 and len(steps) == 4
 
 
 @pytest.mark.slow
