@@ -7,7 +7,6 @@ stopped, and a change of one setting repeats only the rows that it touches.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from rich.console import Console
 from mbdist.bench.process import in_own_process
 from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
+    digest_of,
     measure_adapted_run,
     measure_adapted_straight_through,
     measure_finetuned_float,
@@ -81,7 +81,7 @@ def _scales_only(config: RunConfig) -> dict:
 def _architecture_rows(config: RunConfig) -> Iterator[Row]:
     """The defaults on a model of another kind: GPT-2's blocks (LayerNorm, biases, GELU), trained here from scratch."""
     trained_with = [config.model, config.data, config.train, config.floats]
-    digest = _digest([config.seed, *(section.model_dump() for section in trained_with)])
+    digest = digest_of([config.seed, *(section.model_dump() for section in trained_with)])
     folder = str(Path(config.run_dir) / f"gpt2-{digest}")
     model = {"model.path": folder, "model.gguf_file": None}
     yield Row("other architecture", "float", measure_from_scratch, {}, (folder,))
@@ -260,7 +260,7 @@ def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list
     result = []
     for row in (row for group in groups for row in GROUPS[group](config)):
         changed = changed_config(config, row.changes)
-        key = _digest(row.depends_on(changed))
+        key = digest_of(row.depends_on(changed))
         if key not in known:
             console.print(f"{row.group}: {row.name} {row.changes or row.arguments or ''}")
             started = time.perf_counter()
@@ -285,9 +285,5 @@ def _name_references(rows: list[dict]) -> None:
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:
     """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
     changed = with_changes(config, changes)
-    start = _digest([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
+    start = digest_of([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
     return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})
-
-
-def _digest(described: list) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tempfile
 import time
@@ -23,6 +24,11 @@ from mbdist.optim.schedule import warmup_cosine
 _KL_WINDOWS = 64  # KL needs the float model's logits too, so it is measured on the first windows only
 _FLOAT_LR = 1e-4  # of the float model's finetuning; not tuned
 _SCRATCH_LR, _SCRATCH_STEPS = 1e-3, 240
+
+
+def digest_of(described: list) -> str:
+    """Names what depends on these settings."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure_run(config: RunConfig) -> dict:
@@ -107,10 +113,10 @@ def measure_adapted_straight_through(config: RunConfig, steps: int) -> dict:
 
 def _after_adaptation(config: RunConfig, steps: int, measure: Callable[[RunConfig], dict]) -> dict:
     """``measure`` on the float model as so many steps have left it, in a folder that rows share."""
-    taught_by = [config.seed, steps, config.model, config.data.train, config.data.window, config.floats.warmup_fraction]
-    taught_by += [config.train.sequences_per_step, config.train.micro_batch, config.train.max_grad_norm]
-    digest = hashlib.sha256(repr(taught_by).encode()).hexdigest()[:16]
-    folder = Path(config.run_dir).parent / f"adapted-{digest}"
+    sections = {"seed": True, "model": True, "data": {"train", "window"}, "floats": {"warmup_fraction"}}
+    batches = {"sequences_per_step", "micro_batch", "max_grad_norm"}
+    taught_by = [steps, config.model_dump(include=sections | {"train": batches})]
+    folder = Path(config.run_dir).parent / f"adapted-{digest_of(taught_by)}"
     if not folder.exists():
         in_own_process(_adapt, config, steps, folder)
     model_config = ModelConfig(path=str(folder))
@@ -122,7 +128,7 @@ def _adapt(config: RunConfig, steps: int, folder: Path) -> dict:
     from mbdist.model.loading import load_tokenizer
 
     model, _ = _finetuned_float(config, steps)
-    unfinished = folder.with_suffix(".partial")
+    unfinished = folder.with_suffix(".partial")  # whole from the moment that it has its name
     model.eval().save_pretrained(unfinished)
     load_tokenizer(config.model).save_pretrained(unfinished)
     unfinished.rename(folder)

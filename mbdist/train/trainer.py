@@ -206,7 +206,8 @@ class Trainer:
             between=self._between_batches,
         )
         self.engine.module.train()
-        self.engine.end_evaluation()
+        if name != "float":
+            self.engine.end_evaluation()
         seconds = round(time.perf_counter() - started, 2)
         self.metrics.write("eval", name=name, step=self.steps_done, perplexity=found.perplexity, seconds=seconds)
         return found.perplexity
