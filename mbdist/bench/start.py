@@ -241,10 +241,9 @@ def _one_layer(layers: dict) -> int:
 
 def _embeddings_and_head(model) -> int:
     """Bytes of both, whole; a tied head is the embeddings."""
-    ends = {
-        id(module.weight): module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    return sum(weight.ds_numel * weight.element_size() for weight in ends.values())
+    from mbdist.model.layers import embedding_and_head
+
+    return sum(weight.ds_numel * weight.element_size() for weight in set(embedding_and_head(model)))
 
 
 if __name__ == "__main__":
