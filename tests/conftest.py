@@ -18,6 +18,11 @@ import mbdist  # noqa: F401  (registers the format with transformers)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import models
+import processes
+
+from mbdist.bench import process
+
+process.START = processes.warm  # of a measurement
 
 
 @pytest.fixture(scope="session")

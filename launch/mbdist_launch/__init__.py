@@ -1,8 +1,7 @@
-"""Starting the workers of a run or of a conversion. Ray is imported here and nowhere else."""
+"""Starting the workers of a run, or of a conversion (``spread``). Ray is imported here and nowhere else."""
 
 from mbdist_launch.batch import BatchJob
 from mbdist_launch.job import Job, JobServer
-from mbdist_launch.spread import spread_over
 from mbdist_launch.workers import launch_local, launch_on_cluster
 
-__all__ = ["BatchJob", "Job", "JobServer", "launch_local", "launch_on_cluster", "spread_over"]
+__all__ = ["BatchJob", "Job", "JobServer", "launch_local", "launch_on_cluster"]

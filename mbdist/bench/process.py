@@ -4,9 +4,12 @@ its own, and a trainer on one rank."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +23,13 @@ if TYPE_CHECKING:
     from mbdist.train.metrics import MetricsWriter
     from mbdist.train.trainer import Trainer
 
+START = multiprocessing.get_context("spawn")
+
 
 def in_own_process(measure: Callable[..., dict], config: RunConfig, *arguments) -> dict:
     """``measure(config, *arguments)`` plus ``peak_rss`` in bytes (on a GPU: its peak allocation)."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(measure, config, arguments, send))
+    receive, send = START.Pipe(duplex=False)
+    process = START.Process(target=_report, args=(measure, config, arguments, send))
     process.start()
     send.close()
     try:
@@ -42,6 +46,7 @@ def in_own_process(measure: Callable[..., dict], config: RunConfig, *arguments) 
 def _report(measure: Callable[..., dict], config: RunConfig, arguments: tuple, send) -> None:
     from mbdist.train.environment import pin_accelerator
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         pin_accelerator(config)
         result = measure(config, *arguments)
@@ -54,6 +59,12 @@ def _report(measure: Callable[..., dict], config: RunConfig, arguments: tuple, s
     if torch.cuda.is_initialized():
         result["peak_rss"] = torch.cuda.max_memory_allocated()  # the memory that matters there
     send.send(result)
+
+
+def _end_with_parent() -> None:
+    """A bench that is killed, however, must not leave a measurement behind that keeps the machine busy."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def seconds_of(step: Callable[[int], object], numbers: range) -> list[float]:

@@ -2,14 +2,12 @@
 
 from mbdist.checkpoint.reader import Checkpoint, complete_checkpoints, latest_checkpoint, read_state, remove_checkpoint
 from mbdist.checkpoint.resume import changed_settings, check_inputs
-from mbdist.checkpoint.weights import ResumedWeights
 from mbdist.checkpoint.writer import CheckpointWriter, Piece
 
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Piece",
-    "ResumedWeights",
     "changed_settings",
     "check_inputs",
     "complete_checkpoints",

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from mbdist.checkpoint.reader import COMPLETE, FORMAT, STATE, complete_checkpoints, digest_of, remove_checkpoint
 from mbdist.comm.communicator import Communicator
 from mbdist.config.checkpoint import CheckpointConfig
-from mbdist.model.saving import fsync, write_whole
+from mbdist.whole_files import fsync, write_whole
 
 _PARTIAL = ".tmp-"
 _POLL_S = 0.05

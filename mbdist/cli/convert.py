@@ -151,6 +151,6 @@ def _spread(workers: int | None) -> contextlib.AbstractContextManager[Spread]:
         from mbdist.convert.initialize import in_turn
 
         return contextlib.nullcontext(in_turn)
-    from mbdist_launch import spread_over  # imports Ray, which other conversions do without
+    from mbdist_launch.spread import spread_over  # imports Ray, which other conversions do without
 
     return spread_over(workers)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mbdist.model.saving import clear_disk_errors
+from mbdist.whole_files import clear_disk_errors
 
 
 class Aside:

@@ -39,8 +39,8 @@ from mbdist.model.layers import convertible_layers, linear_shape, replace_module
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.model.loading import empty_model, load_model, resolve_path, safetensors_of
 from mbdist.model.quantizer import MultiBooleanConfig
-from mbdist.model.saving import replaced_folder
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits
+from mbdist.whole_files import replaced_folder
 
 _SQUARED_BATCHES = 8  # of 2048 tokens: vectors need fewer than X^T X, and a backward pass costs more
 

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mbdist.errors import UserError
 from mbdist.file_lock import take_lock
-from mbdist.model.saving import clear_disk_errors, fsync, put_in_place, write_whole
+from mbdist.whole_files import clear_disk_errors, fsync, put_in_place, write_whole
 
 
 def partial_folder_of(output: Path) -> Path:

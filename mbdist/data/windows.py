@@ -18,7 +18,7 @@ from mbdist.config.schema import DataConfig, DataSource
 from mbdist.data.sources import files_of, load_documents
 from mbdist.data.tokens import tokenize
 from mbdist.errors import UserError
-from mbdist.model.saving import replaced_folder
+from mbdist.whole_files import replaced_folder
 
 _FORMAT = 1  # of the cached windows; part of their key
 

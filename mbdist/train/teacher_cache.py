@@ -34,8 +34,8 @@ from mbdist.data import Batch, digest_of_windows
 from mbdist.errors import UserError
 from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
-from mbdist.model.saving import write_whole
 from mbdist.train.loss import TopTokens, log_of_the_rest
+from mbdist.whole_files import write_whole
 
 _FORMAT = 2
 _PART_BYTES = 64 << 20

@@ -13,7 +13,8 @@ from typing import NoReturn
 import psutil
 import torch
 
-from mbdist.checkpoint import Checkpoint, CheckpointWriter, ResumedWeights, changed_settings, check_inputs
+from mbdist.checkpoint import Checkpoint, CheckpointWriter, changed_settings, check_inputs
+from mbdist.checkpoint.weights import ResumedWeights
 from mbdist.comm.agreement import agree, share_launch_settings
 from mbdist.comm.communicator import Communicator
 from mbdist.config.schema import RunConfig

@@ -22,7 +22,7 @@ from mbdist.convert.initialize import in_turn
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import load_model
 from mbdist.train.metrics import read_metrics
-from mbdist_launch import spread_over
+from mbdist_launch.spread import spread_over
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}  # the cluster lets in who has it
 

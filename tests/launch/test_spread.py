@@ -11,7 +11,7 @@ from mbdist.convert.moments import LayerMoments
 from mbdist.convert.weighted_matrix import row_chunks
 from mbdist.model.hashing import hash_planes
 from mbdist.model.loading import load_model
-from mbdist_launch import spread_over
+from mbdist_launch.spread import spread_over
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import bits_per_weight, boolean_layers, convertible_layers
 from mbdist.model.loading import is_multi_boolean, load_model
-from mbdist.model.saving import replaced_folder, save_model
+from mbdist.model.saving import save_model
+from mbdist.whole_files import replaced_folder
 from mbdist_kernels import dequantize, popcount
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
