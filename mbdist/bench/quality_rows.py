@@ -158,6 +158,7 @@ def measure_from_scratch(config: RunConfig, folder: str) -> dict:
 def train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
     """Next-token loss, AdamW, the run's schedule and batches; the seconds of every step."""
     from mbdist.data import Batches
+    from mbdist.train.environment import compute_dtype
     from mbdist.train.loss import token_loss
     from mbdist.train.readout import reader_of
 
@@ -165,7 +166,8 @@ def train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> l
     batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     loss_config = config.loss.model_copy(update={"teacher": "none", "hidden": "none", "cross_entropy_weight": 1.0})
-    read_model = reader_of(model, torch.device("cpu"), torch.bfloat16)
+    device = torch.device("cpu")
+    read_model = reader_of(model, device, compute_dtype(config.train.precision, device))
     seconds = []
     for step in range(steps):
         started = time.perf_counter()
@@ -207,6 +209,7 @@ def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calib
     from mbdist.convert.calibration import BlockCalibration, BlockWalk
     from mbdist.data.calibration import calibration_batches
     from mbdist.model.layers import convertible_layers, linear_weight
+    from mbdist.train.environment import compute_dtype
 
     _set_up(config)
     model = _load_float(config)
@@ -215,7 +218,8 @@ def _uniform(config: RunConfig, bits: int, group: int, quantize: Callable, calib
     with tempfile.TemporaryDirectory() as folder:
         if calibrated:
             batches = calibration_batches(_corpus(config).train, config.convert.calibration_tokens)
-            parts = ModelBlocks(model, layers, batches, torch.bfloat16, Aside(Path(folder)))
+            dtype = compute_dtype(config.train.precision, torch.device("cpu"))
+            parts = ModelBlocks(model, layers, batches, dtype, Aside(Path(folder)))
             blocks = BlockWalk(parts, sequential=True)
         for block in blocks:
             for name in block.layers:

@@ -125,7 +125,6 @@ class DenseTrainer:
 
     def __init__(self, config: RunConfig, device, student: PreTrainedModel | None = None):
         """``student``: instead of the one that ``config.model`` names; ZeRO-3 has partitioned it."""
-        import torch
 
         from mbdist.comm.communicator import Communicator
         from mbdist.data import Batches, load_corpus
@@ -141,7 +140,6 @@ class DenseTrainer:
         communicator = Communicator(config.comm.timeout_s)
         self.config, self.device = config, device
         dtype = compute_dtype(config.train.precision, device)
-        whole = student is None
         if student is None:
             student = load_model(config.model).to(device)
             choose_trained_floats(student, config.floats.also_train, dtype)
@@ -160,9 +158,6 @@ class DenseTrainer:
         batch = (config.train.sequences_per_step, config.train.micro_batch)
         self.batches = Batches(corpus.train, config.seed, *batch, *ranks)
         self.readout = Readout(student)
-        if whole:  # before DeepSpeed learns from the first pass which weights the backward pass finds still gathered
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                self.readout.probe(student, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.engine = DenseEngine(student, config)
         self.engine.engine.module.train()
 

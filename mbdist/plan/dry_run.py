@@ -19,8 +19,8 @@ from mbdist.bench.process import in_own_process
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.step_bytes import TrainedModel, step_bytes
 from mbdist.config import RunConfig, with_changes
+from mbdist.fake_tensors import LiveMemory, with_fake_tensors
 from mbdist.optim import BooleanOptimizer
-from mbdist.plan.fake import LiveMemory, with_fake_tensors
 from mbdist.plan.memory import MemoryPlan
 from mbdist.plan.model import PlannedModel, planned_model
 
@@ -79,7 +79,6 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
     student.to = lambda *_args, **_kwargs: student  # DeepSpeed moves the model, and fake tensors cannot be moved
     student.train()
     readout = Readout(student)
-    readout.cut = True  # the head's memory is that of a chunk; a probe would compare addresses
     if config.train.activation_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     boolean = BooleanOptimizer(

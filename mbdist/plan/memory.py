@@ -18,9 +18,9 @@ from mbdist.config.schema import CommConfig, RunConfig
 from mbdist.convert.blocks import block_names
 from mbdist.engine.deepspeed_config import SMALL_FLOATS, gathered_in_passes, largest_block, reduce_bucket
 from mbdist.engine.placement import resident_parameters
+from mbdist.fake_tensors import LiveMemory, with_fake_tensors
 from mbdist.model.layers import boolean_layers, embedding_and_head
 from mbdist.optim.boolean import BooleanOptimizer
-from mbdist.plan.fake import LiveMemory, with_fake_tensors
 from mbdist.plan.model import PlannedModel
 from mbdist.plan.paper_communicator import PaperCommunicator
 from mbdist.train.readout import BLOCK_BYTES, chunk_tokens

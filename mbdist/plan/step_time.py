@@ -11,10 +11,10 @@ from torch import nn
 from mbdist.comm.step_bytes import GatheredFloats, TrainedMatrix, TrainedModel, step_bytes
 from mbdist.config.schema import BooleanOptimizerConfig, RunConfig
 from mbdist.engine.deepspeed_config import gathered_in_passes
+from mbdist.fake_tensors import with_fake_tensors
 from mbdist.model.layers import boolean_layers, embedding_and_head
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.accumulated import plane_sets, trained_planes
-from mbdist.plan.fake import with_fake_tensors
 from mbdist.plan.model import PlannedModel
 from mbdist.plan.rates import Rates
 

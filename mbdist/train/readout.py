@@ -8,11 +8,15 @@ inside the hooks that gather its weight under ZeRO-3, once a pass.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from mbdist.fake_tensors import with_fake_tensors
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # logits of a product; a weight of 128,000 rows is worth many
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # fp32 rows that are worked on at a time: on a CPU they stay in cache
@@ -63,17 +67,16 @@ class Readout:
     """Has a model's head read by a function.
 
     A model that does more than ``lm_head(states)`` (soft caps, scales) gives whole logits: ``read`` is called with them
-    as states and a head that changes nothing. Which kind a model is, its first pass shows: the logits that it returns
-    are the very memory that its head wrote, untouched since, or they are not.
+    as states and a head that changes nothing.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model_class = type(model).__name__
-        self.head_module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self.cut: bool | None = None  # None: not known before the first pass
-        self._vocabulary = 0
+        self.head_module = model.get_output_embeddings()
+        self.cut = _gives_what_its_head_gives(model)
+        self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._read: Callable[[torch.Tensor], torch.Tensor] | None = None
-        if self.head_module is not None:
+        if self.cut:
             self._product = self.head_module.forward
             self.head_module.forward = self._in_place_of_the_head
 
@@ -85,7 +88,6 @@ class Readout:
         **inputs,
     ):
         """(the model's output, what ``read`` returned)."""
-        self.probe(forward, input_ids)
         if not self.cut:
             output = forward(input_ids=input_ids, **inputs)
             return output, read(output.logits, _whole(output.logits))
@@ -102,7 +104,7 @@ class Readout:
         return Head(self._product, self._vocabulary, [p for p in self.head_module.parameters() if p.requires_grad])
 
     def describe(self) -> str:
-        """How logits are computed, for the log; after ``probe``."""
+        """How logits are computed, for the log."""
         return (
             "in chunks" if self.cut else f"whole, since {self.model_class} does more than apply its head to its states"
         )
@@ -110,44 +112,45 @@ class Readout:
     def _in_place_of_the_head(self, states: torch.Tensor) -> torch.Tensor:
         return self._product(states) if self._read is None else self._read(states)
 
-    @torch.no_grad()
-    def probe(
-        self,
-        forward: Callable,
-        input_ids: torch.Tensor,  # (batch, window) int64: any
-    ) -> None:
-        """Find out, by a pass over a few tokens, whether the model can be cut; nothing where that is known."""
-        if self.cut is not None:
-            return
-        input_ids = input_ids[:1, :_PROBE_TOKENS]
-        seen: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-        def record(states: torch.Tensor) -> torch.Tensor:
-            logits = self._product(states)
-            seen.append((states, logits, logits._version))
-            return logits
+def _gives_what_its_head_gives(model: PreTrainedModel) -> bool:
+    """Whether the logits of a model are the very memory that its head wrote, untouched since. A pass of fake tensors
+    through a model of its kind shows it; one whose code cannot take them keeps its whole logits."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # linear layers may be of any kind
+    try:
+        return with_fake_tensors(lambda _memory: _is_cut(type(model)._from_config(config, **_PLAIN)))
+    except Exception:  # of code that is not ours: it may be anything
+        return False
 
-        self._read = record
-        try:
-            # Dropout, where a model has it, must not find the random numbers moved on.
-            with torch.random.fork_rng([input_ids.device] if input_ids.is_cuda else []):
-                returned = forward(input_ids=input_ids, use_cache=False).logits
-        finally:
-            self._read = None
-        self.cut = False
-        if len(seen) == 1:
-            states, logits, version = seen[0]
-            same = returned.data_ptr() == logits.data_ptr() and returned.shape == logits.shape
-            untouched = returned.dtype == logits.dtype and returned._version == version
-            self.cut = same and untouched and states.shape[:-1] == input_ids.shape
-            self._vocabulary = logits.shape[-1]
+
+# A type that shows conversions, and no kernels that want a real device.
+_PLAIN = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+
+
+@torch.no_grad()
+def _is_cut(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    seen: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+    head.register_forward_hook(lambda _head, states, logits: seen.append((states[0], logits, logits._version)))
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
+    returned = model.eval()(input_ids=ids, use_cache=False).logits
+    if len(seen) != 1:
+        return False
+    states, logits, version = seen[0]
+    same = returned.untyped_storage()._cdata == logits.untyped_storage()._cdata and returned.shape == logits.shape
+    untouched = returned.dtype == logits.dtype and returned._version == version
+    return same and untouched and states.shape[:-1] == ids.shape
 
 
 def _whole(logits: torch.Tensor) -> Head:
     return Head(lambda rows: rows, logits.shape[-1])
 
 
-def reader_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Reader:
+def reader_of(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Reader:
     """Reads a model that is not wrapped by an engine, computing in ``dtype``."""
     readout = Readout(model)
 

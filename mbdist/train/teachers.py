@@ -38,8 +38,6 @@ class LiveTeacher:
         self._forward = forward or model
         self._gathered = gathered
         self._readout = Readout(model)
-        with self._autocast():
-            self._readout.probe(self._forward, torch.zeros(1, 8, dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def teach(self, batch: Batch, hidden: bool = False) -> Lesson:

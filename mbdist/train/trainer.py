@@ -118,8 +118,6 @@ class Trainer:
             gradient_scale=communicator.world_size,
         )
         self.engine = Engine(student, self.boolean, config, communicator, magnitudes)
-        with self._autocast():
-            self.readout.probe(self.engine.forward, self.batches.micro_batch_at(0, 0).input_ids.to(device))
         self.stopping = stopping
         self.leaving = leaving or LeavingNodes(None)
         self.first_step = self.steps_done = self._saved_step = 0

@@ -4,17 +4,18 @@ import types
 import datasets
 import pytest
 import torch
+import transformers
 
 from mbdist.comm.communicator import Communicator
 from mbdist.train.evaluate import evaluate
 from mbdist.train.teachers import LiveTeacher
 
 
-class Table(torch.nn.Module):
-    """A causal LM: the logits after a token are its row."""
+class Table(transformers.PreTrainedModel):
+    """A causal LM without a head: the logits after a token are its row."""
 
     def __init__(self, table):
-        super().__init__()
+        super().__init__(transformers.PreTrainedConfig(vocab_size=len(table)))
         self.table = table
 
     def forward(self, input_ids, **_):
