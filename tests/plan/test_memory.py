@@ -1,6 +1,7 @@
 """Plans against what the real code holds: with fake workers and tensors, and as processes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -110,17 +111,22 @@ def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers,
     ("workers", "stage", "sections"),
     [
         (1, 2, {"train": {"activation_checkpointing": True}, "floats": {"also_train": ["*embed*"]}}),
+        (2, 2, {}),
         (2, 3, {}),
     ],
 )
 def test_plan_predicts_what_workers_hold(tmp_path, wide_llama, workers, stage, sections):
+    """To a tenth, with pages of its own for every large tensor: what malloc keeps of freed ones on its heap is nobody's
+    to predict (MALLOC_MMAP_THRESHOLD_ costs a fifth of the speed, which is why runs are not started so)."""
+    sections["train"] = {"precision": "fp32"} | sections.get("train", {})
     run = settings(tmp_path, wide_llama, workers, stage, **sections)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     train = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]  # not forked: their memory would be shared
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    subprocess.run(train if workers == 1 else [*torchrun, *train[1:]], check=True, capture_output=True, timeout=240)
+    command = train if workers == 1 else [*torchrun, *train[1:]]
+    own_pages = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env=own_pages)
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (memory,) = (event for event in events if event["event"] == "memory")
-    # What malloc keeps of tensors of a few MB is nobody's to predict.
-    assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.25)
+    assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.1)
