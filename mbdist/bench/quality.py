@@ -19,11 +19,11 @@ from mbdist.bench.process import in_own_process
 from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
     digest_of,
+    make_gpt2,
     measure_adapted_run,
     measure_adapted_straight_through,
     measure_finetuned_float,
     measure_float,
-    measure_from_scratch,
     measure_gptq,
     measure_round_to_nearest,
     measure_run,
@@ -44,6 +44,7 @@ class Row:
     measure: Callable[..., dict]
     changes: dict = field(default_factory=dict)  # to the base config, as {"section.key": value}
     arguments: tuple = ()
+    make_model: Callable[[RunConfig, Path], dict] | None = None  # in the folder that it names, unless that is there
 
     def depends_on(self, config: RunConfig) -> list:
         """What its result depends on; nothing of the optimizers and the loss where nothing is trained."""
@@ -82,14 +83,17 @@ def _architecture_rows(config: RunConfig) -> Iterator[Row]:
     """The defaults on a model of another kind: GPT-2's blocks (LayerNorm, biases, GELU), trained here from scratch."""
     trained_with = [config.model, config.data, config.train, config.floats]
     digest = digest_of([config.seed, *(section.model_dump() for section in trained_with)])
-    folder = str(Path(config.run_dir) / f"gpt2-{digest}")
-    model = {"model.path": folder, "model.gguf_file": None}
-    yield Row("other architecture", "float", measure_from_scratch, {}, (folder,))
-    yield Row("other architecture", "calibrated", measure_run, {**model, **_NO_FINETUNING, **_NOT_RECONSTRUCTED})
-    yield Row("other architecture", "reconstructed", measure_run, {**model, **_NO_FINETUNING})
-    yield Row("other architecture, finetuned", "float", measure_finetuned_float, {**model, **_longer(config)})
-    yield Row("other architecture, finetuned", "scales and bits", measure_run, model)
-    yield Row("other architecture, finetuned", "scales only", measure_run, {**model, **_scales_only(config)})
+    model = {"model.path": str(Path(config.run_dir) / f"gpt2-{digest}"), "model.gguf_file": None}
+
+    def row(group: str, name: str, measure: Callable[..., dict], changes: dict) -> Row:
+        return Row(group, name, measure, {**model, **changes}, make_model=make_gpt2)
+
+    yield row("other architecture", "float", measure_float, {})
+    yield row("other architecture", "calibrated", measure_run, {**_NO_FINETUNING, **_NOT_RECONSTRUCTED})
+    yield row("other architecture", "reconstructed", measure_run, _NO_FINETUNING)
+    yield row("other architecture, finetuned", "float", measure_finetuned_float, _longer(config))
+    yield row("other architecture, finetuned", "scales and bits", measure_run, {})
+    yield row("other architecture, finetuned", "scales only", measure_run, _scales_only(config))
 
 
 def _start_rows(_config: RunConfig) -> Iterator[Row]:
@@ -263,6 +267,9 @@ def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list
         key = digest_of(row.depends_on(changed))
         if key not in known:
             console.print(f"{row.group}: {row.name} {row.changes or row.arguments or ''}")
+            model = Path(changed.model.path)
+            if row.make_model is not None and not model.exists():
+                in_own_process(row.make_model, config, model)
             started = time.perf_counter()
             found = in_own_process(row.measure, changed, *row.arguments)
             known[key] = {"group": row.group, "name": row.name, **found, "key": key}

@@ -126,21 +126,20 @@ def _after_adaptation(config: RunConfig, steps: int, measure: Callable[[RunConfi
 
 def _adapt(config: RunConfig, steps: int, folder: Path) -> dict:
     from mbdist.model.loading import load_tokenizer
+    from mbdist.model.saving import save_model
 
     model, _ = _finetuned_float(config, steps)
-    unfinished = folder.with_suffix(".partial")  # whole from the moment that it has its name
-    model.eval().save_pretrained(unfinished)
-    load_tokenizer(config.model).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    save_model(model.eval(), load_tokenizer(config.model), folder)
     return {}
 
 
-def measure_from_scratch(config: RunConfig, folder: str) -> dict:
-    """A small GPT-2 with the configured model's tokenizer, trained on the training text for a few minutes and left in
-    ``folder``."""
+def make_gpt2(config: RunConfig, folder: Path) -> dict:
+    """A small GPT-2 with the configured model's tokenizer, trained from scratch on the training text for a few minutes,
+    in ``folder``."""
     import transformers
 
     from mbdist.model.loading import load_tokenizer
+    from mbdist.model.saving import save_model
 
     _set_up(config)
     torch.manual_seed(config.seed)
@@ -149,10 +148,8 @@ def measure_from_scratch(config: RunConfig, folder: str) -> dict:
     shape = {"n_layer": 8, "n_embd": 384, "n_head": 6, "n_positions": config.data.window}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape, **special))
     train_dense(config, model.train(), _SCRATCH_STEPS, _SCRATCH_LR)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    found = _measure(config, model, _corpus(config).eval, kl=False)
-    return {"planes": None, "bits": 16.0, **found, "state_bytes_per_weight": None, "step_s": None, "tokens": 0}
+    save_model(model.eval(), tokenizer, folder)
+    return {}
 
 
 def train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
@@ -252,8 +249,8 @@ def _measure_dense(config: RunConfig, model: nn.Module, bits: float) -> dict:
     return {"planes": None, "bits": bits, **found, "state_bytes_per_weight": None, "step_s": None, "tokens": 0}
 
 
-def _measure(config: RunConfig, model: nn.Module, windows, kl: bool = True) -> dict:
-    """Perplexity on all windows, KL to the float model on the first ones unless there is none."""
+def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
+    """Perplexity on all windows, KL to the float model on the first ones."""
     from mbdist.comm.communicator import Communicator
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist.train.evaluate import evaluate
@@ -265,14 +262,12 @@ def _measure(config: RunConfig, model: nn.Module, windows, kl: bool = True) -> d
 
     batch, communicator = config.train.eval_batch, Communicator()
     student = reader_of(model, device, dtype)
-    known = min(_KL_WINDOWS, len(windows)) if kl else 0
-    logs, divergence = 0.0, None
-    if known:
-        teacher = _load_float(config).to(device, dtype).eval()
-        teach = LiveTeacher(teacher, device, dtype).teach
-        near = evaluate(student, windows.select(range(known)), batch, communicator, device, teach)
-        logs, divergence = math.log(near.perplexity) * known, near.kl
+    known = min(_KL_WINDOWS, len(windows))
+    teacher = _load_float(config).to(device, dtype).eval()
+    teach = LiveTeacher(teacher, device, dtype).teach
+    near = evaluate(student, windows.select(range(known)), batch, communicator, device, teach)
+    logs = math.log(near.perplexity) * known
     if known < len(windows):
         far = evaluate(student, windows.select(range(known, len(windows))), batch, communicator, device)
         logs += math.log(far.perplexity) * (len(windows) - known)
-    return {"perplexity": math.exp(logs / len(windows)), "kl": divergence}
+    return {"perplexity": math.exp(logs / len(windows)), "kl": near.kl}

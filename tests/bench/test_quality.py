@@ -11,11 +11,19 @@ from mbdist.bench.quality_report import write_report
 from mbdist.config import load_config, parse_config
 
 
+def make_opt(_config, folder):
+    models.save_small_model(folder, "opt")
+    return {}
+
+
 def small_groups():
     return {
-        "start": lambda _config: iter(
+        "start": lambda config: iter(
             [
                 Row("start", "float", quality_rows.measure_float),
+                Row(
+                    "other", "float", quality_rows.measure_float, {"model.path": f"{config.run_dir}/opt"}, (), make_opt
+                ),
                 Row("start", "svid", quality_rows.measure_run, {"train.steps": 0, "convert.init": "svid"}),
                 Row("start", "GPTQ, g16", quality_rows.measure_gptq, {}, (3, 16)),
             ]
@@ -40,7 +48,8 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
     config, results = parse_config(settings), tmp_path / "quality.json"
     rows = bench_quality(config, ["start", "finetuned"], results)
     by_name = {(row["group"], row["name"]): row for row in reversed(rows)}
-    assert len(rows) == 8 and json.loads(results.read_text()) == rows
+    assert len(rows) == 9 and json.loads(results.read_text()) == rows
+    assert by_name["other", "float"]["perplexity"] != by_name["start", "float"]["perplexity"]
     assert by_name["start", "float"]["kl"] == pytest.approx(0, abs=1e-6)
     start, trained = by_name["start", "svid"], by_name["finetuned", "scales and bits"]
     assert trained["tokens"] == 6 * 12 * 32 and start["tokens"] == 0 and trained["step_s"] > 0
@@ -48,7 +57,7 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
     assert start["float_perplexity"] == by_name["start", "float"]["perplexity"]
     latents = by_name["finetuned", "straight-through latents"]
     assert latents["state_bytes_per_weight"] - trained["state_bytes_per_weight"] > 9, "12 bytes against 1"
-    adapted, longer = by_name["finetuned", "adapted, scales and bits"], rows[6]
+    adapted, longer = by_name["finetuned", "adapted, scales and bits"], rows[7]
     assert adapted["tokens"] == longer["tokens"] == 2 * trained["tokens"]
     assert adapted["float_perplexity"] == longer["perplexity"]
     assert adapted["perplexity"] != trained["perplexity"], "of another float model"
