@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mbdist.config.schema import LossConfig
 from mbdist.convert.aside import Aside, Batches
+from mbdist.train.loss import token_loss
+from mbdist.train.readout import Readout
+
+_NEXT_TOKEN = LossConfig(teacher="none")
 
 # (names of modules and parameters) -> while it is open, they hold their values
 Hold = Callable[[list[str]], AbstractContextManager]
@@ -50,6 +56,24 @@ def computing_in(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
 
+def next_token_loss(
+    readout: Readout,
+    forward: Callable,  # of its model
+    ids: torch.Tensor,  # (batch, window) int64
+) -> torch.Tensor:
+    """Mean over tokens, from logits of a chunk of tokens at a time; a scalar."""
+    read = partial(
+        token_loss,
+        lesson=None,
+        input_ids=ids,
+        learned=torch.ones_like(ids, dtype=torch.bool),
+        config=_NEXT_TOKEN,
+        num_targets=ids[:, 1:].numel(),
+        num_sequences=len(ids),
+    )
+    return readout(forward, read, ids, use_cache=False)[1][0]
+
+
 @dataclass
 class _Call:
     """What the model calls one block with on one batch, besides the hidden states."""
@@ -82,6 +106,7 @@ class ModelBlocks:
         self.names = list(self.layers_of)
         self.embedded = Batches(aside, "embedded", len(batches))
         self._calls: list[list[_Call]] = [[] for _ in self.names]
+        self._readout = Readout(model)
         self._in_tuples: bool | None = None  # whether blocks return their states as the first of several things
         if self.names:
             self._record()
@@ -116,8 +141,11 @@ class ModelBlocks:
                 first.append(states)
             return last if block == len(self) - 1 else states
 
+        def forward(input_ids: torch.Tensor, **inputs):
+            return self.model(inputs_embeds=embedded, **inputs)
+
         with self._blocks_replaced(instead), computing_in(self.dtype):
-            loss = self.model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+            loss = next_token_loss(self._readout, forward, ids)
         return loss, first[0] if first else None
 
     def parameters_around(self, input_embeddings: bool = True, head: bool = True) -> list[str]:

@@ -162,7 +162,7 @@ class FloatWeights:
         return targets
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             raise UserError(f"{name} of {self.source.path} holds NaN or infinity; the checkpoint is damaged")
         # A tensor that is still a piece of a mapped file lies anywhere, and sums of a BLAS depend on where.
         return tensor.detach().clone() if tensor.data_ptr() % _ALIGNMENT else tensor.detach()

@@ -18,7 +18,7 @@ from mbdist.cli.convert import convert
 from mbdist.config.schema import ConvertConfig, ModelConfig, ReconstructionConfig
 from mbdist.convert import Conversion
 from mbdist.convert.aside import Aside
-from mbdist.convert.blocks import ModelBlocks
+from mbdist.convert.blocks import ModelBlocks, next_token_loss
 from mbdist.convert.calibrated import OutputMetric
 from mbdist.convert.moments import squared_moments
 from mbdist.convert.partial_folder import partial_folder_of
@@ -27,6 +27,7 @@ from mbdist.model.float_weights import FloatWeights
 from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import convertible_layers
 from mbdist.model.loading import empty_model, load_model, safetensors_of
+from mbdist.train.readout import Readout
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 
@@ -65,6 +66,10 @@ def test_moments_taken_block_by_block_are_those_of_one_pass_bit_for_bit(architec
     source = ModelConfig(path=str(sharded(tmp_path / "float", architecture=architecture, layers=3)))
     whole, batches = load_model(source), torch.randint(0, models.VOCABULARY, (4, 16)).split(2)
     whole.requires_grad_(False)
+    torch.testing.assert_close(
+        next_token_loss(readout := Readout(whole), whole, batches[0]).float(),
+        whole(batches[0], labels=batches[0]).loss,
+    )
     expected = {}
 
     def add(name, values):
@@ -76,7 +81,7 @@ def test_moments_taken_block_by_block_are_those_of_one_pass_bit_for_bit(architec
     for ids in batches:
         embedded = whole.get_input_embeddings()(ids).detach().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = whole(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+            loss = next_token_loss(readout, lambda input_ids, at=embedded, **how: whole(inputs_embeds=at, **how), ids)
         loss.backward()
 
     model = empty_model(source)
