@@ -76,7 +76,7 @@ def _convert(config: RunConfig, convert: ConvertConfig, folder: str) -> dict:
     before = resident_bytes()[0]
     forget_peak()
     started = time.perf_counter()
-    dtype = compute_dtype("auto", torch.device("cpu"))
+    dtype = compute_dtype(config.train.precision, torch.device("cpu"))
     for _report in Conversion(source, Path(folder) / "packed", convert, dtype).run(batches, tokenizer):
         pass
     return {
