@@ -11,7 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.convert import ConvertConfig
+from mbdist.config.model import ModelConfig
 from mbdist.convert import Conversion, LayerReport
 from mbdist.model.loading import load_model
 

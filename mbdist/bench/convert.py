@@ -15,7 +15,8 @@ from rich.console import Console
 
 from mbdist.bench.process import in_own_process
 from mbdist.config import RunConfig
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.convert import ConvertConfig
+from mbdist.config.model import ModelConfig
 from mbdist.train.peak_memory import forget_peak, resident_bytes
 
 

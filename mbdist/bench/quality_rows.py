@@ -18,7 +18,7 @@ from mbdist.bench.process import in_own_process, one_process_trainer
 from mbdist.bench.uniform import bits_per_weight as uniform_bits
 from mbdist.bench.uniform import gptq, round_to_nearest
 from mbdist.config import RunConfig
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.optim.schedule import warmup_cosine
 
 _KL_WINDOWS = 64  # KL needs the float model's logits too, so it is measured on the first windows only

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbdist.comm.step_bytes import TrainedModel, dense_step_bytes, llama_matrices, step_bytes
-from mbdist.config.schema import CommConfig
+from mbdist.config.comm import CommConfig
 
 _FLIP_RATE = 1e-4
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, set_seed
 
 from mbdist.config import RunConfig, write_config
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.errors import RunError
 from mbdist.model.loading import load_model_config, load_tokenizer
 from mbdist.train.metrics import read_metrics

@@ -112,7 +112,7 @@ def write_random_model(config: str, shape: str, planes: int, folder: str) -> Non
     from transformers import AutoModelForCausalLM
 
     from mbdist.bench.llama_shapes import llama_config
-    from mbdist.config.schema import ModelConfig
+    from mbdist.config.model import ModelConfig
     from mbdist.model.layers import convertible_layers, is_scale
     from mbdist.model.loading import empty_model, load_tokenizer
     from mbdist.model.quantizer import MultiBooleanConfig

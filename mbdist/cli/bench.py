@@ -227,7 +227,7 @@ def convert(
     from mbdist.bench.convert import bench_convert
     from mbdist.bench.llama_shapes import SHAPES
     from mbdist.config import load_config
-    from mbdist.config.schema import ConvertConfig
+    from mbdist.config.convert import ConvertConfig
 
     check_folder(json_file)
     check_choice("--shape", shape, SHAPES)

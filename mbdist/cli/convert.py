@@ -7,14 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode, check_choice
-from mbdist.config.schema import (
-    ConvertConfig,
-    DataConfig,
-    ModelConfig,
-    PythonDocsSource,
-    ReconstructionConfig,
-    TextSource,
-)
+from mbdist.config.convert import ConvertConfig, ReconstructionConfig
+from mbdist.config.data import DataConfig, PythonDocsSource, TextSource
+from mbdist.config.model import ModelConfig
 from mbdist.errors import UserError
 
 if TYPE_CHECKING:

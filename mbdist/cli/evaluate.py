@@ -52,7 +52,8 @@ def evaluate(
 
     from mbdist.comm.communicator import Communicator
     from mbdist.config.cluster import ClusterConfig
-    from mbdist.config.schema import DataConfig, ModelConfig, PythonDocsSource, TextSource
+    from mbdist.config.data import DataConfig, PythonDocsSource, TextSource
+    from mbdist.config.model import ModelConfig
     from mbdist.data.published import published_windows
     from mbdist.data.sources import load_documents
     from mbdist.data.windows import load_windows

@@ -22,7 +22,7 @@ def generate(
     Example: `mbdist generate runs/quickstart/model --prompt "The Python language" --max-new-tokens 32`
     """
     from mbdist.config.cluster import ClusterConfig
-    from mbdist.config.schema import ModelConfig
+    from mbdist.config.model import ModelConfig
     from mbdist.errors import UserError
     from mbdist.model.loading import load_model, load_tokenizer
     from mbdist.train.environment import choose_device, compute_dtype

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mbdist.comm.codecs import CODECS, Segments
 from mbdist.comm.partition import WordPartition
-from mbdist.config.schema import CommConfig
+from mbdist.config.comm import CommConfig
 from mbdist_kernels import words_per_row
 
 _HISTOGRAM_BYTES = 8 * 64  # of the candidates of a matrix

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mbdist.config.schema import LossConfig
+from mbdist.config.loss import LossConfig
 from mbdist.convert.aside import Aside, Batches
 from mbdist.train.loss import token_loss
 from mbdist.train.readout import Readout

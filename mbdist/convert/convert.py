@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 import mbdist
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.convert import ConvertConfig
+from mbdist.config.model import ModelConfig
 from mbdist.convert.allocation import allocate, plane_bits, residual_errors, second_order_errors, spare_bits
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, layers_by_block

@@ -18,7 +18,9 @@ import torch
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
-from mbdist.config.schema import BooleanOptimizerConfig, CommConfig, FloatOptimizerConfig, ReconstructionConfig
+from mbdist.config.comm import CommConfig
+from mbdist.config.convert import ReconstructionConfig
+from mbdist.config.optimizers import BooleanOptimizerConfig, FloatOptimizerConfig
 from mbdist.convert.calibration import BlockCalibration
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer, OptimizerOfBits

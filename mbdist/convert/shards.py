@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from mbdist.config.schema import ConvertConfig
+from mbdist.config.convert import ConvertConfig
 from mbdist.convert.allocation import plane_bits
 from mbdist.errors import UserError
 from mbdist.model.layers import linear_shape

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from mbdist.config.schema import DataSource, HubSource, PythonDocsSource, RecordsSource, TextSource
+from mbdist.config.data import DataSource, HubSource, PythonDocsSource, RecordsSource, TextSource
 from mbdist.errors import UserError
 
 Document = str | list[dict]

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mbdist.config.schema import DataConfig, DataSource
+from mbdist.config.data import DataConfig, DataSource
 from mbdist.data.sources import files_of, load_documents
 from mbdist.data.tokens import tokenize
 from mbdist.errors import UserError

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.engine.deepspeed_config import largest_block, one_block_ahead
 from mbdist.engine.placement import place_partitioned
 from mbdist.model.layers import is_scale

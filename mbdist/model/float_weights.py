@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.errors import UserError
 from mbdist.model.layers import is_linear
 from mbdist.model.loading import clear_errors

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.errors import UserError
 from mbdist.model.quantizer import QUANT_METHOD, MultiBooleanConfig, MultiBooleanQuantizer
 

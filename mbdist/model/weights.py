@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.errors import UserError
 from mbdist.model.loading import clear_errors, safetensors_of
 from mbdist.model.tensor_files import StoredTensor, stored_tensors

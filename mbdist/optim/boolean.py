@@ -33,7 +33,8 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import PlaneStore
 from mbdist.comm.partition import WordPartition
 from mbdist.comm.signal_reduction import FlatReduction, NodeReduction, SignalReduction
-from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.config.comm import CommConfig
+from mbdist.config.optimizers import BooleanOptimizerConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim.accumulated import Accumulated, plane_name, plane_sets

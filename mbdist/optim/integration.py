@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mbdist.config.schema import BooleanOptimizerConfig
+from mbdist.config.optimizers import BooleanOptimizerConfig
 
 _EVIDENCE_CONTRIBUTIONS = 64  # rounding to int8 then adds half as much variance again to that of noise
 

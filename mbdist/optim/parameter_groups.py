@@ -11,7 +11,7 @@ from torch import nn
 
 from mbdist.comm.communicator import Communicator
 from mbdist.comm.partition import WordPartition
-from mbdist.config.schema import FloatOptimizerConfig
+from mbdist.config.optimizers import FloatOptimizerConfig
 from mbdist.model.layers import is_scale
 from mbdist.model.weights import Weights
 

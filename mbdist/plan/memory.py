@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mbdist.comm.partition import WordPartition
-from mbdist.config.schema import CommConfig, RunConfig
+from mbdist.config.comm import CommConfig
+from mbdist.config.schema import RunConfig
 from mbdist.convert.blocks import block_names
 from mbdist.engine.deepspeed_config import SMALL_FLOATS, gathered_in_passes, largest_block, reduce_bucket
 from mbdist.engine.placement import resident_parameters

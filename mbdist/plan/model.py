@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from mbdist.config.schema import ModelConfig, RunConfig
+from mbdist.config.model import ModelConfig
+from mbdist.config.schema import RunConfig
 from mbdist.model.layers import convertible_layers, put_empty_layers
 from mbdist.model.loading import check_window, load_causal_config
 from mbdist.model.quantizer import QUANT_METHOD

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mbdist.comm.step_bytes import GatheredFloats, TrainedMatrix, TrainedModel, step_bytes
-from mbdist.config.schema import BooleanOptimizerConfig, RunConfig
+from mbdist.config.optimizers import BooleanOptimizerConfig
+from mbdist.config.schema import RunConfig
 from mbdist.engine.deepspeed_config import gathered_in_passes
 from mbdist.fake_tensors import with_fake_tensors
 from mbdist.model.layers import boolean_layers, embedding_and_head

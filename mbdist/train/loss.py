@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from mbdist.config.schema import LossConfig
+from mbdist.config.loss import LossConfig
 from mbdist.train.readout import Head, blocks, target_rows
 
 

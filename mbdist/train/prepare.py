@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mbdist.config.schema import ModelConfig, RunConfig
+from mbdist.config.model import ModelConfig
+from mbdist.config.schema import RunConfig
 from mbdist.convert import Conversion, bits_per_weight
 from mbdist.data import Corpus, load_corpus
 from mbdist.data.calibration import calibration_batches

@@ -29,7 +29,8 @@ import safetensors
 import safetensors.numpy
 import torch
 
-from mbdist.config.schema import ModelConfig, RunConfig
+from mbdist.config.model import ModelConfig
+from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, digest_of_windows
 from mbdist.errors import UserError
 from mbdist.model.hashing import fingerprint_files

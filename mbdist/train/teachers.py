@@ -10,7 +10,8 @@ import datasets
 import torch
 from torch import nn
 
-from mbdist.config.schema import ModelConfig, RunConfig
+from mbdist.config.model import ModelConfig
+from mbdist.config.schema import RunConfig
 from mbdist.data import Batch
 from mbdist.errors import UserError
 from mbdist.model.loading import load_model

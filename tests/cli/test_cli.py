@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_previous_save_whole(tmp_path, llama_folder):
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "import mbdist; from pathlib import Path;"
-        "from mbdist.config.schema import ModelConfig; from mbdist.model.loading import load_model;"
+        "from mbdist.config.model import ModelConfig; from mbdist.model.loading import load_model;"
         "from mbdist.model.saving import save_model; from mbdist.errors import UserError;"
         f"model = load_model(ModelConfig(path={str(target)!r}));"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));\n"

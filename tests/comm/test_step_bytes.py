@@ -10,7 +10,7 @@ from mbdist.comm.step_bytes import (
     llama_matrices,
     step_bytes,
 )
-from mbdist.config.schema import CommConfig
+from mbdist.config.comm import CommConfig
 
 MODEL = TrainedModel([TrainedMatrix(64, 64, planes=2)])  # 128 words a plane, 256 floats
 LLAMA_70B = TrainedModel(llama_matrices(80, 8192, 28672, 1024, planes=2))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbdist.config.schema import DataConfig
+from mbdist.config.data import DataConfig
 from mbdist.data import Batches, load_corpus, windows
 from mbdist.data.tokens import tokenize
 from mbdist.errors import UserError

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.convert import ConvertConfig
+from mbdist.config.model import ModelConfig
 from mbdist.convert import Conversion
 from mbdist.convert.initialize import in_turn
 from mbdist.model.hashing import hash_planes

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from mbdist.config.schema import ModelConfig
+from mbdist.config.model import ModelConfig
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
 from mbdist.convert.moments import LayerMoments
 from mbdist.convert.weighted_matrix import row_chunks

@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mbdist.cli.convert import convert
-from mbdist.config.schema import ConvertConfig, ModelConfig, ReconstructionConfig
+from mbdist.config.convert import ConvertConfig, ReconstructionConfig
+from mbdist.config.model import ModelConfig
 from mbdist.convert import Conversion
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, next_token_loss
@@ -337,7 +338,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="60MB")
         script = (
             "from pathlib import Path; from mbdist.convert import Conversion;"
-            "from mbdist.config.schema import ConvertConfig, ModelConfig;"
+            "from mbdist.config.convert import ConvertConfig; from mbdist.config.model import ModelConfig;"
             f"run = Conversion(ModelConfig(path={str(folder)!r}), Path({str(folder)!r} + '-out'),"
             "ConvertConfig(init='svid', planes=1)); list(run.run());"  # getrusage would count this process's own peak
             "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mbdist.config.schema import ConvertConfig, ModelConfig, ReconstructionConfig
+from mbdist.config.convert import ConvertConfig, ReconstructionConfig
+from mbdist.config.model import ModelConfig
 from mbdist.convert import bits_per_weight as bits_per_weight_of
 from mbdist.convert.allocation import allocate, plane_bits
 from mbdist.convert.aside import Aside

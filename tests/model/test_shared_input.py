@@ -10,7 +10,7 @@ import torch
 from test_linear import random_layer
 from torch import nn
 
-from mbdist.config.schema import ConvertConfig
+from mbdist.config.convert import ConvertConfig
 from mbdist.model.layers import boolean_layers
 from mbdist.model.shared_input import share_inputs
 from mbdist_kernels import native

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from mbdist.config.schema import ConvertConfig, ModelConfig
+from mbdist.config.convert import ConvertConfig
+from mbdist.config.model import ModelConfig
 from mbdist.errors import UserError
 from mbdist.model.hashing import hash_planes
 from mbdist.model.layers import boolean_layers

@@ -13,7 +13,8 @@ from mbdist.comm.communicator import Communicator
 from mbdist.comm.flip_exchange import ReplicatedPlanes
 from mbdist.comm.partition import WordPartition
 from mbdist.config.checkpoint import CheckpointConfig
-from mbdist.config.schema import BooleanOptimizerConfig, CommConfig
+from mbdist.config.comm import CommConfig
+from mbdist.config.optimizers import BooleanOptimizerConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
 from mbdist.optim import BooleanOptimizer

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbdist.config.schema import LossConfig
+from mbdist.config.loss import LossConfig
 from mbdist.data import Batch
 from mbdist.train import readout as readout_module
 from mbdist.train.loss import hidden_loss, token_loss

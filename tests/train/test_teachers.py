@@ -17,7 +17,9 @@ from test_sharding import train
 
 from mbdist.comm.communicator import Communicator
 from mbdist.config import parse_config
-from mbdist.config.schema import ConvertConfig, LossConfig, ModelConfig
+from mbdist.config.convert import ConvertConfig
+from mbdist.config.loss import LossConfig
+from mbdist.config.model import ModelConfig
 from mbdist.data import Corpus
 from mbdist.data.batches import fetch
 from mbdist.errors import ConfigError, UserError
