@@ -62,7 +62,7 @@ def _report(measure: Callable[..., dict], config: RunConfig, arguments: tuple, s
 
 
 def _end_with_parent() -> None:
-    """A bench that is killed, however, must not leave a measurement behind that keeps the machine busy."""
+    """A bench that is killed, however, must not leave this process behind to keep the machine busy."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from mbdist.bench.process import in_own_process
 from mbdist.bench.quality_report import as_table
 from mbdist.bench.quality_rows import (
+    compute_type,
     digest_of,
     make_gpt2,
     measure_adapted_run,
@@ -274,6 +275,7 @@ def bench_quality(config: RunConfig, groups: list[str], json_file: Path) -> list
             found = in_own_process(row.measure, changed, *row.arguments)
             known[key] = {"group": row.group, "name": row.name, **found, "key": key}
             known[key]["seconds"] = round(time.perf_counter() - started)
+            known[key]["compute_type"] = compute_type(changed)
             _name_references(list(known.values()))
             json_file.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
         result.append(known[key])

@@ -31,6 +31,13 @@ def digest_of(described: list) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def compute_type(config: RunConfig) -> str:
+    """The type that rows compute in on this machine: where ``train.precision`` is auto, not the same on all."""
+    from mbdist.train.environment import choose_device, compute_dtype
+
+    return str(compute_dtype(config.train.precision, choose_device(config.cluster))).removeprefix("torch.")
+
+
 def measure_run(config: RunConfig) -> dict:
     """Convert, finetune for ``train.steps`` and measure."""
     return _finetune(config, one_process_trainer(config))

@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mbdist.config.loss import LossConfig
 from mbdist.convert.aside import Aside, Batches
-from mbdist.train.loss import token_loss
+from mbdist.train.loss import next_token_loss
 from mbdist.train.readout import Readout
-
-_NEXT_TOKEN = LossConfig(teacher="none")
 
 # (names of modules and parameters) -> while it is open, they hold their values
 Hold = Callable[[list[str]], AbstractContextManager]
@@ -54,24 +50,6 @@ def layers_by_block(model: nn.Module, layers: Iterable[str]) -> dict[str | None,
 
 def computing_in(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-
-
-def next_token_loss(
-    readout: Readout,
-    forward: Callable,  # of its model
-    ids: torch.Tensor,  # (batch, window) int64
-) -> torch.Tensor:
-    """Mean over tokens, from logits of a chunk of tokens at a time; a scalar."""
-    read = partial(
-        token_loss,
-        lesson=None,
-        input_ids=ids,
-        learned=torch.ones_like(ids, dtype=torch.bool),
-        config=_NEXT_TOKEN,
-        num_targets=ids[:, 1:].numel(),
-        num_sequences=len(ids),
-    )
-    return readout(forward, read, ids, use_cache=False)[1][0]
 
 
 @dataclass
@@ -141,7 +119,7 @@ class ModelBlocks:
                 first.append(states)
             return last if block == len(self) - 1 else states
 
-        def forward(input_ids: torch.Tensor, **inputs):
+        def forward(input_ids: torch.Tensor, **inputs):  # whose embeddings are given
             return self.model(inputs_embeds=embedded, **inputs)
 
         with self._blocks_replaced(instead), computing_in(self.dtype):

@@ -8,13 +8,15 @@ kept for backward is the gradient of the states before the head, and of the head
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from mbdist.config.loss import LossConfig
-from mbdist.train.readout import Head, blocks, target_rows
+from mbdist.train.readout import Head, Readout, blocks, target_rows
 
 
 @dataclass
@@ -81,6 +83,24 @@ def token_loss(
         sums = _TokenLoss.apply(rows, head, taught, targets, config, torch.is_grad_enabled(), *head.trained)
     divisor = max(1, num_sequences if config.kl_reduction == "batchmean" else num_targets)
     return torch.cat([sums[:1] / divisor, sums[1:].detach()])
+
+
+def next_token_loss(
+    readout: Readout,
+    forward: Callable,  # of its model
+    input_ids: torch.Tensor,  # (batch, window) int64
+) -> torch.Tensor:
+    """Mean cross-entropy over all tokens but the first ones; a scalar."""
+    read = partial(
+        token_loss,
+        lesson=None,
+        input_ids=input_ids,
+        learned=torch.ones_like(input_ids, dtype=torch.bool),
+        config=LossConfig(teacher="none"),
+        num_targets=input_ids[:, 1:].numel(),
+        num_sequences=len(input_ids),
+    )
+    return readout(forward, read, input_ids, use_cache=False)[1][0]
 
 
 def hidden_loss(

@@ -21,6 +21,7 @@ from mbdist.fake_tensors import with_fake_tensors
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # logits of a product; a weight of 128,000 rows is worth many
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # fp32 rows that are worked on at a time: on a CPU they stay in cache
 _PROBE_TOKENS = 8
+_PLAIN = {"dtype": torch.bfloat16, "attn_implementation": "eager"}  # shows conversions, and wants no real device
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,18 @@ class Readout:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model_class = type(model).__name__
         self.head_module = model.get_output_embeddings()
-        self.cut = _gives_what_its_head_gives(model)
-        self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.whole_since = _why_whole(model)  # None: it is cut before its head
         self._read: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self.cut:
+            self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
             self._product = self.head_module.forward
             self.head_module.forward = self._in_place_of_the_head
+
+    @property
+    def cut(self) -> bool:
+        """Whether logits are made in chunks."""
+        return self.whole_since is None
 
     def __call__(
         self,
@@ -105,28 +110,24 @@ class Readout:
 
     def describe(self) -> str:
         """How logits are computed, for the log."""
-        return (
-            "in chunks" if self.cut else f"whole, since {self.model_class} does more than apply its head to its states"
-        )
+        return "in chunks" if self.cut else f"whole, since {self.whole_since}"
 
     def _in_place_of_the_head(self, states: torch.Tensor) -> torch.Tensor:
         return self._product(states) if self._read is None else self._read(states)
 
 
-def _gives_what_its_head_gives(model: PreTrainedModel) -> bool:
-    """Whether the logits of a model are the very memory that its head wrote, untouched since. A pass of fake tensors
-    through a model of its kind shows it; one whose code cannot take them keeps its whole logits."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # linear layers may be of any kind
+def _why_whole(model: PreTrainedModel) -> str | None:
+    """None where the logits of a model are the very memory that its head wrote, untouched since, which a pass of fake
+    tensors through a model of its kind shows; else why its whole logits are taken."""
+    kind = type(model)
     try:
-        return with_fake_tensors(lambda _memory: _is_cut(type(model)._from_config(config, **_PLAIN)))
-    except Exception:  # of code that is not ours: it may be anything
-        return False
-
-
-# A type that shows conversions, and no kernels that want a real device.
-_PLAIN = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+        config = copy.deepcopy(model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # linear layers may be of any kind
+        cut = with_fake_tensors(lambda _memory: _is_cut(kind._from_config(config, **_PLAIN)))
+    except Exception as error:  # of code that is not ours: it may be anything
+        return f"the code of {kind.__name__} cannot be followed without values ({type(error).__name__})"
+    return None if cut else f"{kind.__name__} does more than apply its head to its states"
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What following and stopping a job on a cluster comes to, without a cluster."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import ray
@@ -46,3 +48,10 @@ def test_only_the_workers_of_this_run_count(monkeypatch):
         group = {"placement_group_id": PlacementGroupID.of(job_id).hex(), "state": state}
         monkeypatch.setattr("ray.util.placement_group_table", lambda group=group: {"it": group})
         assert workers._has_workers() == expected
+
+
+def test_launchers_import_no_model_code():
+    """A submission from a login node waits for none of it."""
+    heavy = "('transformers', 'deepspeed', 'datasets')"
+    code = f"import sys, mbdist_launch; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -19,7 +19,7 @@ from mbdist.config.convert import ConvertConfig, ReconstructionConfig
 from mbdist.config.model import ModelConfig
 from mbdist.convert import Conversion
 from mbdist.convert.aside import Aside
-from mbdist.convert.blocks import ModelBlocks, next_token_loss
+from mbdist.convert.blocks import ModelBlocks
 from mbdist.convert.calibrated import OutputMetric
 from mbdist.convert.moments import squared_moments
 from mbdist.convert.partial_folder import partial_folder_of
@@ -28,6 +28,7 @@ from mbdist.model.float_weights import FloatWeights
 from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import convertible_layers
 from mbdist.model.loading import empty_model, load_model, safetensors_of
+from mbdist.train.loss import next_token_loss
 from mbdist.train.readout import Readout
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]

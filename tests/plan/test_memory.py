@@ -118,8 +118,8 @@ def test_plan_agrees_with_the_real_start_and_step(tmp_path, wide_llama, workers,
 def test_plan_predicts_what_workers_hold(tmp_path, wide_llama, workers, stage, sections):
     """To a tenth, with pages of its own for every large tensor: what malloc keeps of freed ones on its heap is nobody's
     to predict (MALLOC_MMAP_THRESHOLD_ costs a fifth of the speed, which is why runs are not started so)."""
-    sections["train"] = {"precision": "fp32"} | sections.get("train", {})
-    run = settings(tmp_path, wide_llama, workers, stage, **sections)
+    in_fp32 = {"train": {"precision": "fp32", **sections.get("train", {})}}
+    run = settings(tmp_path, wide_llama, workers, stage, **sections | in_fp32)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     train = [sys.executable, "-m", "mbdist.cli.main", "train", str(path)]  # not forked: their memory would be shared
