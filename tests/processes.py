@@ -79,7 +79,7 @@ def _command(arguments):
     main()
 
 
-def wait_for(run_dir, holds, *running, seconds=180):
+def wait_for(run_dir, holds, *running, seconds=400):
     """Until ``holds`` of what a run has logged; ``running`` must not end before."""
     log, deadline = Path(run_dir) / "metrics.jsonl", time.monotonic() + seconds
     while not (log.exists() and holds(list(read_metrics(log)))):
