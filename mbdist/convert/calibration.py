@@ -168,7 +168,7 @@ class BlockWalk:
                 hooks.callback(layer.register_forward_pre_hook(before_forward(name)).remove)
             with computing_in(self.blocks.dtype):
                 run()
-        for name in names:  # a layer that no token reached, an expert say
+        for name in set(names) - set(grams):  # a layer that no token reached, an expert say
             n = linear_shape(self.blocks.model.get_submodule(name))[1]
-            grams.setdefault(name, torch.zeros(n, n))
+            grams[name] = torch.zeros(n, n)
         return {name: grams[name] for name in names}
