@@ -27,15 +27,15 @@ from mbdist_launch.spread import spread_over
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}  # the cluster lets in who has it
 
-# A node that is gone is known to be after seconds.
-HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
+# A node that is gone is known to be after seconds; workers do not wait for what else runs on this machine.
+NODES = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000", "RAY_worker_niceness": "0"}
 
 
 def start_node(log, *arguments):
     """A process that has all processes of a node for children. One after the other: they choose ports."""
     command = ["ray", "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments]
     with log.open("w") as output:
-        node = subprocess.Popen(command, env=os.environ | TOKEN | HEALTH, stdout=output, stderr=subprocess.STDOUT)
+        node = subprocess.Popen(command, env=os.environ | TOKEN | NODES, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 60
     while "will now block" not in log.read_text():
         assert node.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]

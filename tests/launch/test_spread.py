@@ -1,5 +1,6 @@
 """A conversion spread over Ray workers."""
 
+import os
 import subprocess
 
 import pytest
@@ -18,6 +19,11 @@ from mbdist_launch.spread import spread_over
 def two_workers():
     with spread_over(2) as spread:
         yield spread
+
+
+@pytest.mark.slow
+def test_workers_do_not_give_way_to_all_else_on_the_machine(two_workers):
+    assert list(two_workers(os.nice, [(0,)])) == [os.nice(0)]
 
 
 @pytest.mark.slow
