@@ -90,7 +90,7 @@ def test_codecs_are_compared_at_equal_tokens(tmp_path, monkeypatch):
     whole, none, signs = rows
     assert whole["bits_per_weight"] == 32 and none["bits_per_weight"] == 0 and 1 < signs["bits_per_weight"] < 1.3
     assert whole["flip_rate"] > 0 and signs["flip_rate"] > 0 and none["flip_rate"] == 0
-    assert len({row["loss"] for row in rows}) == 3
+    assert len({row["perplexity"] for row in rows}) == 3
 
 
 def test_the_70b_table_is_printed(capsys):
