@@ -125,7 +125,6 @@ class DenseTrainer:
 
     def __init__(self, config: RunConfig, device, student: PreTrainedModel | None = None):
         """``student``: instead of the one that ``config.model`` names; ZeRO-3 has partitioned it."""
-
         from mbdist.comm.communicator import Communicator
         from mbdist.data import Batches, load_corpus
         from mbdist.engine.dense import DenseEngine

@@ -222,14 +222,13 @@ def _teacher_bytes(teacher: PreTrainedModel | None, config: RunConfig) -> int:
 
 def _loss_bytes(student: PreTrainedModel, config: RunConfig, dtype: torch.dtype, device: str) -> int:
     """A chunk's logits and their gradient, and the teacher's logits; the gradient of all states before the head. On a
-    CPU the head once more: MKL packs fp32 for a product, oneDNN keeps a bf16 weight in layouts for both passes."""
+    CPU the head too: in bf16 twice, as oneDNN keeps it in layouts for both passes, in fp32 once, as was measured."""
     text = student.config.get_text_config(decoder=True)
     tokens = config.train.micro_batch * config.data.window
     chunk = min(tokens, config.loss.chunk_tokens or chunk_tokens(text.vocab_size, device))
     copies = 2 + (config.loss.teacher == "float")
     elements = copies * chunk * text.vocab_size + 2 * tokens * text.hidden_size
     if device == "cpu":
-        elements += (
-            (1 if dtype == torch.float32 else 2) * text.vocab_size * text.hidden_size
-        )  # in a library's own layout
+        copies_of_head = 1 if dtype == torch.float32 else 2
+        elements += copies_of_head * text.vocab_size * text.hidden_size
     return elements * dtype.itemsize + _ROWS_AT_WORK * BLOCK_BYTES[device]
