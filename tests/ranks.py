@@ -1,9 +1,10 @@
-"""Standing processes in which tests run code on ranks."""
+"""Processes in which tests run code on ranks: standing ones, or fresh ones where what runs leaves traces."""
 
 import functools
 import io
 import uuid
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -14,15 +15,17 @@ MOST_RANKS = 8
 
 
 @functools.cache
-def _processes() -> ProcessPoolExecutor:
+def _standing() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(MOST_RANKS, warm)
 
 
-def run_on_ranks(world_size, folder, main, *args):
-    """What ``main(*args)`` returns on each rank of a gloo group of its own."""
+def run_on_ranks(world_size, folder, main, *args, fresh=False):
+    """What ``main(*args)`` returns on each rank of a gloo group of its own. ``fresh``: in processes of its own, for
+    what uses DeepSpeed, which holds on to its groups when they are destroyed."""
     rendezvous = f"file://{folder}/init_{uuid.uuid4().hex}"
-    running = [_processes().submit(_run, rank, world_size, rendezvous, main, args) for rank in range(world_size)]
-    return [torch.load(io.BytesIO(result.result()), weights_only=False) for result in running]
+    with ProcessPoolExecutor(world_size, warm) if fresh else nullcontext(_standing()) as processes:
+        running = [processes.submit(_run, rank, world_size, rendezvous, main, args) for rank in range(world_size)]
+        return [torch.load(io.BytesIO(result.result()), weights_only=False) for result in running]
 
 
 def _run(rank, world_size, rendezvous, main, args):
