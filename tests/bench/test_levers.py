@@ -27,7 +27,7 @@ def test_every_lever_is_a_valid_change():
 def test_rows_are_of_real_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(levers, "_HIDDEN", 256)
     monkeypatch.setattr(levers, "_BLOCKS", 2)
-    config = load_config("configs/levers.yaml", ["train.sequences_per_step=4", "cluster.workers=1"])
+    config = load_config("configs/levers.yaml", ["data.window=64", "train.steps=4", "cluster.workers=1"])
     no_teacher, offloaded = {"loss.teacher": "none"}, {"boolean.offload_accumulators": True}
     results = tmp_path / "levers.json"
     rows = bench_levers(config, results, [Lever("no teacher", no_teacher), Lever("offloaded", offloaded)])
