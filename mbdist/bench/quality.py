@@ -31,7 +31,6 @@ from mbdist.bench.quality_rows import (
     measure_straight_through,
 )
 from mbdist.config import RunConfig, load_config, with_changes
-from mbdist.data.calibration import BATCH_TOKENS
 
 _FORMAT = 1  # of a row; part of its key
 _PAPER = Path(__file__).parents[2] / "configs" / "paper.yaml"
@@ -161,6 +160,8 @@ def _adapted_rows(config: RunConfig) -> Iterator[Row]:
 def _blocks_rows(config: RunConfig) -> Iterator[Row]:
     """On as many tokens as the adapted rows: a quarter for the float model, two fifths for the blocks, each of them
     once, the others for the model, in steps of half the size."""
+    from mbdist.data.calibration import BATCH_TOKENS
+
     budget = 2 * _longer(config)["train.steps"]  # of whole steps
     sequences = config.train.sequences_per_step // 2
     half = {"train.sequences_per_step": sequences, "train.micro_batch": min(config.train.micro_batch, sequences)}
