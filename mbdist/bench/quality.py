@@ -75,6 +75,12 @@ def _longer(config: RunConfig) -> dict:
     return {"train.steps": config.train.steps + config.convert.reconstruction.steps}
 
 
+def _half_steps(config: RunConfig) -> dict:
+    """Steps of half as many tokens."""
+    sequences = config.train.sequences_per_step // 2
+    return {"train.sequences_per_step": sequences, "train.micro_batch": min(config.train.micro_batch, sequences)}
+
+
 def _scales_only(config: RunConfig) -> dict:
     """Without reconstruction, whose tokens scales use better in finetuning."""
     return {**_NOT_RECONSTRUCTED, **_NO_FLIPS, **_longer(config)}
@@ -129,42 +135,15 @@ def _finetuned_rows(config: RunConfig) -> Iterator[Row]:
         yield Row("finetuned", "paper", measure_run, {**at, **paper, **longer})
 
 
-def _longer_rows(config: RunConfig) -> Iterator[Row]:
-    """On twice the tokens, all of the second half spent on the blocks, from which bits learn most, and over four times
-    the text; beside the float model and scales on as many."""
-    steps = 2 * _longer(config)["train.steps"]
-    text = {"convert.calibration_tokens": 4 * config.convert.calibration_tokens}
-    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": steps})
-    for planes in (2, 3):
-        at = {"convert.planes": planes, **text}
-        bits = {"convert.reconstruction.steps": steps - config.train.steps}
-        yield Row("finetuned", "scales and bits", measure_run, {**at, **bits})
-        scales = {**_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": steps}
-        yield Row("finetuned", "scales only", measure_run, {**at, **scales})
-
-
 def _adapted_rows(config: RunConfig) -> Iterator[Row]:
     """What finetuning does to the bits apart from what it teaches about the text: the float model sees the text first,
-    is converted then, and teaches; on twice the tokens in all, as many as the longer rows."""
-    steps = _longer(config)["train.steps"]
-    first = (steps,)
-    yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": 2 * steps})
-    both = [{"convert.planes": planes} for planes in (2, 3)]
-    for at in both:
-        yield Row("finetuned", "adapted, scales and bits", measure_adapted_run, at, first)
-        yield Row("finetuned", "adapted, scales only", measure_adapted_run, {**at, **_scales_only(config)}, first)
-    for at in both:
-        yield Row("finetuned", "adapted, straight-through latents", measure_adapted_straight_through, at, first)
-
-
-def _blocks_rows(config: RunConfig) -> Iterator[Row]:
-    """On as many tokens as the adapted rows: a quarter for the float model, two fifths for the blocks, each of them
-    once, the others for the model, in steps of half the size."""
+    is converted then, and teaches. On twice the tokens of the finetuned rows: a quarter for the float model, two fifths
+    for the blocks, from which bits learn most, each of them once, the others for the model, in steps of half the
+    size."""
     from mbdist.data.calibration import BATCH_TOKENS
 
     budget = 2 * _longer(config)["train.steps"]  # of whole steps
-    sequences = config.train.sequences_per_step // 2
-    half = {"train.sequences_per_step": sequences, "train.micro_batch": min(config.train.micro_batch, sequences)}
+    half = _half_steps(config)
     before, blocks = budget // 2, 5 * budget // 12
     first = (before,)
     rest = 2 * (budget - blocks) - before
@@ -172,10 +151,13 @@ def _blocks_rows(config: RunConfig) -> Iterator[Row]:
     yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": budget})
     for planes in (2, 3):
         at = {"convert.planes": planes, **text, **half}
-        bits = {"convert.reconstruction.steps": blocks, "train.steps": rest}
-        scales = {**_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": rest + 2 * blocks}
-        yield Row("finetuned", "adapted, mostly blocks, scales and bits", measure_adapted_run, {**at, **bits}, first)
-        yield Row("finetuned", "adapted, small steps, scales only", measure_adapted_run, {**at, **scales}, first)
+        bits = {**at, "convert.reconstruction.steps": blocks, "train.steps": rest}
+        scales = {**at, **_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": rest + 2 * blocks}
+        yield Row("finetuned", "adapted, mostly blocks, scales and bits", measure_adapted_run, bits, first)
+        yield Row("finetuned", "adapted, small steps, scales only", measure_adapted_run, scales, first)
+        if planes == 2:
+            name = "adapted, mostly blocks, straight-through latents"
+            yield Row("finetuned", name, measure_adapted_straight_through, bits, first)
 
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:
@@ -211,14 +193,16 @@ def _conversion_rows(config: RunConfig) -> Iterator[Row]:
 
 
 def _ablation_rows(config: RunConfig) -> Iterator[Row]:
-    """What finetuning can do otherwise: starts by ways to train the bits, rules, planes."""
-    short = {"train.steps": config.train.steps // 2, "data.max_eval_windows": _ABLATION_WINDOWS}
+    """What finetuning can do otherwise, in few small steps: starts by ways to train the bits, rules, planes."""
+    steps = config.train.steps // 2
+    short = {"train.steps": steps, "data.max_eval_windows": _ABLATION_WINDOWS, **_half_steps(config)}
     curvature = {"boolean.signal": "curvature", "boolean.step_size": 0.05}
 
     def row(name: str, changes: dict) -> Row:
         return Row("ablation", name, measure_run, {**short, **changes})
 
-    yield Row("ablation", "float", measure_finetuned_float, short | {"train.steps": _longer(config)["train.steps"]})
+    longer = {"train.steps": steps + 2 * config.convert.reconstruction.steps}
+    yield Row("ablation", "float", measure_finetuned_float, {**short, **longer})
     for start, changes in (
         ("reconstructed", {}),
         ("calibrated", _NOT_RECONSTRUCTED),
@@ -250,9 +234,7 @@ def _allocation_rows(_config: RunConfig) -> Iterator[Row]:
 GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
     "start": _start_rows,
     "finetuned": _finetuned_rows,
-    "longer": _longer_rows,
     "adapted": _adapted_rows,
-    "blocks": _blocks_rows,
     "allocation": _allocation_rows,
     "architecture": _architecture_rows,
     "conversion": _conversion_rows,

@@ -48,8 +48,7 @@ def quality(
     group: Annotated[
         list[str] | None,
         typer.Option(
-            help="start, finetuned, longer, adapted, blocks, allocation, architecture, conversion, ablation; "
-            "repeatable. Default: all."
+            help="start, finetuned, adapted, allocation, architecture, conversion, ablation; repeatable. Default: all."
         ),
     ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="Results; rows that stand there are kept.")] = Path(
