@@ -1,10 +1,10 @@
-"""Processes in which tests run code on ranks: standing ones, or fresh ones where what runs leaves traces."""
+"""Standing processes in which tests run code on ranks."""
 
 import functools
 import io
+import sys
 import uuid
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -19,13 +19,11 @@ def _standing() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(MOST_RANKS, warm)
 
 
-def run_on_ranks(world_size, folder, main, *args, fresh=False):
-    """What ``main(*args)`` returns on each rank of a gloo group of its own. ``fresh``: in processes of its own, for
-    what uses DeepSpeed, which holds on to its groups when they are destroyed."""
+def run_on_ranks(world_size, folder, main, *args):
+    """What ``main(*args)`` returns on each rank of a gloo group of its own."""
     rendezvous = f"file://{folder}/init_{uuid.uuid4().hex}"
-    with ProcessPoolExecutor(world_size, warm) if fresh else nullcontext(_standing()) as processes:
-        running = [processes.submit(_run, rank, world_size, rendezvous, main, args) for rank in range(world_size)]
-        return [torch.load(io.BytesIO(result.result()), weights_only=False) for result in running]
+    running = [_standing().submit(_run, rank, world_size, rendezvous, main, args) for rank in range(world_size)]
+    return [torch.load(io.BytesIO(result.result()), weights_only=False) for result in running]
 
 
 def _run(rank, world_size, rendezvous, main, args):
@@ -38,4 +36,6 @@ def _run(rank, world_size, rendezvous, main, args):
         torch.save(main(*args), result)
         return result.getvalue()
     finally:
-        dist.destroy_process_group()
+        deepspeed_comm = sys.modules.get("deepspeed.comm")  # lets go of what DeepSpeed holds of the groups, where used
+        used = deepspeed_comm is not None and deepspeed_comm.is_initialized()
+        (deepspeed_comm if used else dist).destroy_process_group()

@@ -65,7 +65,7 @@ def test_the_dense_baseline_gathers_a_small_model_once_a_step(tmp_path):
     overrides = [f"model.path={model}", "model.gguf_file=null", "data.window=32", f"data.cache_dir={tmp_path}/cache"]
     dense = ["loss.teacher=none", "cluster.device=cpu", "cluster.zero_stage=3", "comm.resident_floats=frozen"]
     config = load_config("configs/comm.yaml", [*overrides, *dense, "floats.also_train=[]", "train.precision=bf16"])
-    for sent in run_on_ranks(2, tmp_path, _sent_by_a_dense_step, config, fresh=True):
+    for sent in run_on_ranks(2, tmp_path, _sent_by_a_dense_step, config):
         assert sent["floats"] == pytest.approx(1, abs=0.01), "half of the weights' 2 bytes"
         assert sent["float gradients"] == pytest.approx(2, abs=0.01), "gloo's reduce-scatter is an all-reduce"
 
