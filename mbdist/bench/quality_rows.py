@@ -162,9 +162,9 @@ def make_gpt2(config: RunConfig, folder: Path) -> dict:
 def train_dense(config: RunConfig, model: nn.Module, steps: int, lr: float) -> list[float]:
     """Next-token loss, AdamW, the run's schedule and batches; the seconds of every step."""
     from mbdist.data import Batches
+    from mbdist.loss import token_loss
+    from mbdist.model.readout import reader_of
     from mbdist.train.environment import compute_dtype
-    from mbdist.train.loss import token_loss
-    from mbdist.train.readout import reader_of
 
     corpus = _corpus(config)
     batches = Batches(corpus.train, config.seed, config.train.sequences_per_step, config.train.micro_batch, 0, 1)
@@ -259,9 +259,9 @@ def _measure_dense(config: RunConfig, model: nn.Module, bits: float) -> dict:
 def _measure(config: RunConfig, model: nn.Module, windows) -> dict:
     """Perplexity on all windows, KL to the float model on the first ones."""
     from mbdist.comm.communicator import Communicator
+    from mbdist.model.readout import reader_of
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist.train.evaluate import evaluate
-    from mbdist.train.readout import reader_of
     from mbdist.train.teachers import LiveTeacher
 
     device = choose_device(config.cluster)

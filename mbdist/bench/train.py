@@ -130,9 +130,9 @@ class DenseTrainer:
         from mbdist.engine.dense import DenseEngine
         from mbdist.model.layers import convertible_layers
         from mbdist.model.loading import load_model, load_tokenizer
+        from mbdist.model.readout import Readout
         from mbdist.train.environment import compute_dtype
         from mbdist.train.prepare import teacher_source
-        from mbdist.train.readout import Readout
         from mbdist.train.teachers import live_teacher
         from mbdist.train.trained_floats import choose_trained_floats
 
@@ -164,7 +164,7 @@ class DenseTrainer:
         """One step of one micro-batch a rank."""
         from functools import partial
 
-        from mbdist.train.loss import token_loss
+        from mbdist.loss import token_loss
 
         batch = self.batches.micro_batch_at(number, 0).to(self.device)
         read = partial(

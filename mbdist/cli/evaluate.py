@@ -59,9 +59,9 @@ def evaluate(
     from mbdist.data.windows import load_windows
     from mbdist.model.layers import bits_per_weight
     from mbdist.model.loading import check_window, is_multi_boolean, load_model, load_tokenizer
+    from mbdist.model.readout import reader_of
     from mbdist.train.environment import choose_device, compute_dtype
     from mbdist.train.evaluate import evaluate as measure
-    from mbdist.train.readout import reader_of
     from mbdist.train.teachers import LiveTeacher
 
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mbdist.convert.aside import Aside, Batches
-from mbdist.train.loss import next_token_loss
-from mbdist.train.readout import Readout
+from mbdist.loss import next_token_loss
+from mbdist.model.readout import Readout
 
 # (names of modules and parameters) -> while it is open, they hold their values
 Hold = Callable[[list[str]], AbstractContextManager]

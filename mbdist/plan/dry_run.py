@@ -70,7 +70,7 @@ def _start_and_step(student: PreTrainedModel, config: RunConfig, dtype: torch.dt
     from mbdist.engine import Engine, place
     from mbdist.engine.zero3 import ask_no_other_ranks
     from mbdist.model.layers import boolean_layers
-    from mbdist.train.readout import Readout
+    from mbdist.model.readout import Readout
 
     workers = config.cluster.most_workers
     communicator = _AgreeingCommunicator(config.comm.timeout_s)

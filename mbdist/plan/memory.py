@@ -21,10 +21,10 @@ from mbdist.engine.deepspeed_config import SMALL_FLOATS, gathered_in_passes, lar
 from mbdist.engine.placement import resident_parameters
 from mbdist.fake_tensors import LiveMemory, with_fake_tensors
 from mbdist.model.layers import boolean_layers, embedding_and_head
+from mbdist.model.readout import BLOCK_BYTES, chunk_tokens
 from mbdist.optim.boolean import BooleanOptimizer
 from mbdist.plan.model import PlannedModel
 from mbdist.plan.paper_communicator import PaperCommunicator
-from mbdist.train.readout import BLOCK_BYTES, chunk_tokens
 
 _FP32 = 4
 _TRACED_WORKERS = 16  # contributions are decoded one after the other: a thousand take no more memory, only time

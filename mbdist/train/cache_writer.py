@@ -19,12 +19,12 @@ from mbdist.config.schema import RunConfig
 from mbdist.data import digest_of_windows, load_corpus
 from mbdist.data.batches import fetch
 from mbdist.errors import UserError
+from mbdist.loss import TopTokens
 from mbdist.model.loading import check_window, load_model_config, load_tokenizer
+from mbdist.model.readout import Head, blocks
 from mbdist.train.environment import compute_dtype
 from mbdist.train.evaluate import evaluate
-from mbdist.train.loss import TopTokens
 from mbdist.train.prepare import teacher_source
-from mbdist.train.readout import Head, blocks
 from mbdist.train.teacher_cache import CacheHeader, bytes_a_token, cache_folder, write_part
 from mbdist.train.teachers import LiveTeacher, live_teacher
 

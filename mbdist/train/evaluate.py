@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from mbdist.comm.communicator import Communicator
 from mbdist.data.batches import Batch, fetch
-from mbdist.train.loss import Lesson
-from mbdist.train.readout import Head, Reader, blocks, target_rows
+from mbdist.loss import Lesson
+from mbdist.model.readout import Head, Reader, blocks, target_rows
 
 
 @dataclass(frozen=True)

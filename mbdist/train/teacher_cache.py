@@ -33,9 +33,9 @@ from mbdist.config.model import ModelConfig
 from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, digest_of_windows
 from mbdist.errors import UserError
+from mbdist.loss import TopTokens, log_of_the_rest
 from mbdist.model.hashing import fingerprint_files
 from mbdist.model.loading import resolve_path
-from mbdist.train.loss import TopTokens, log_of_the_rest
 from mbdist.whole_files import write_whole
 
 _FORMAT = 2

@@ -14,10 +14,10 @@ from mbdist.config.model import ModelConfig
 from mbdist.config.schema import RunConfig
 from mbdist.data import Batch
 from mbdist.errors import UserError
+from mbdist.loss import Lesson, Taught
 from mbdist.model.loading import load_model
-from mbdist.train.loss import Lesson, Taught
+from mbdist.model.readout import Head, Read, Readout, target_rows
 from mbdist.train.prepare import teacher_source
-from mbdist.train.readout import Head, Read, Readout, target_rows
 from mbdist.train.teacher_cache import CachedTeacher
 
 

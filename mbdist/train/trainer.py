@@ -21,9 +21,11 @@ from mbdist.config.schema import RunConfig
 from mbdist.data import Batch, Batches, digest_of_windows, load_corpus
 from mbdist.engine import Engine, place
 from mbdist.errors import Interrupted, UserError
+from mbdist.loss import LossTerms, hidden_loss, token_loss
 from mbdist.model.hashing import TensorHash
 from mbdist.model.layers import bits_per_weight, boolean_layers
 from mbdist.model.loading import empty_model, load_tokenizer
+from mbdist.model.readout import Head, Read, Readout
 from mbdist.model.saving import save_gathered_model
 from mbdist.model.weights import WeightFiles, Weights
 from mbdist.optim import BooleanOptimizer, FlipReport, OptimizerOfBits
@@ -32,11 +34,9 @@ from mbdist.plan import MemoryPlan, plan_memory, planned_model
 from mbdist.train.environment import as_launched, compute_dtype
 from mbdist.train.evaluate import evaluate
 from mbdist.train.leaving_nodes import LeavingNodes
-from mbdist.train.loss import LossTerms, hidden_loss, token_loss
 from mbdist.train.metrics import MetricsWriter
 from mbdist.train.peak_memory import PeakMemory
 from mbdist.train.prepare import preparation_key, student_source
-from mbdist.train.readout import Head, Read, Readout
 from mbdist.train.run_folder import checkpoint_folder
 from mbdist.train.stop_signals import StopRequest
 from mbdist.train.teachers import LiveTeacher, load_teacher

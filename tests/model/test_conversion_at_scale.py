@@ -24,12 +24,12 @@ from mbdist.convert.calibrated import OutputMetric
 from mbdist.convert.moments import squared_moments
 from mbdist.convert.partial_folder import partial_folder_of
 from mbdist.errors import UserError
+from mbdist.loss import next_token_loss
 from mbdist.model.float_weights import FloatWeights
 from mbdist.model.hashing import hash_tensors
 from mbdist.model.layers import convertible_layers
 from mbdist.model.loading import empty_model, load_model, safetensors_of
-from mbdist.train.loss import next_token_loss
-from mbdist.train.readout import Readout
+from mbdist.model.readout import Readout
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2"]
 

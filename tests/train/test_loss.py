@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbdist.config.loss import LossConfig
 from mbdist.data import Batch
-from mbdist.train import readout as readout_module
-from mbdist.train.loss import hidden_loss, token_loss
-from mbdist.train.readout import Head, Readout, reader_of
+from mbdist.loss import hidden_loss, token_loss
+from mbdist.model import readout as readout_module
+from mbdist.model.readout import Head, Readout, reader_of
 from mbdist.train.teachers import LiveTeacher
 
 CPU = torch.device("cpu")

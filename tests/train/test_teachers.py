@@ -23,12 +23,12 @@ from mbdist.config.model import ModelConfig
 from mbdist.data import Corpus
 from mbdist.data.batches import fetch
 from mbdist.errors import ConfigError, UserError
+from mbdist.loss import TopTokens, token_loss
+from mbdist.model.readout import Head
 from mbdist.model.tensor_files import StoredTensor
 from mbdist.train import cache_writer
 from mbdist.train.cache_writer import write_cache
-from mbdist.train.loss import TopTokens, token_loss
 from mbdist.train.metrics import read_metrics
-from mbdist.train.readout import Head
 from mbdist.train.teacher_cache import CachedTeacher, CacheHeader, bytes_a_token, cache_folder
 from mbdist.train.teachers import live_teacher
 

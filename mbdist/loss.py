@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from mbdist.config.loss import LossConfig
-from mbdist.train.readout import Head, Readout, blocks, target_rows
+from mbdist.model.readout import Head, Readout, blocks, target_rows
 
 
 @dataclass
