@@ -22,7 +22,6 @@ from mbdist.bench.quality_rows import (
     digest_of,
     make_gpt2,
     measure_adapted_run,
-    measure_adapted_straight_through,
     measure_finetuned_float,
     measure_float,
     measure_gptq,
@@ -150,14 +149,10 @@ def _adapted_rows(config: RunConfig) -> Iterator[Row]:
     text = {"convert.calibration_tokens": blocks * BATCH_TOKENS}
     yield Row("finetuned", "float", measure_finetuned_float, {"train.steps": budget})
     for planes in (2, 3):
-        at = {"convert.planes": planes, **text, **half}
-        bits = {**at, "convert.reconstruction.steps": blocks, "train.steps": rest}
-        scales = {**at, **_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": rest + 2 * blocks}
+        bits = {**text, **half, "convert.planes": planes, "convert.reconstruction.steps": blocks, "train.steps": rest}
         yield Row("finetuned", "adapted, mostly blocks, scales and bits", measure_adapted_run, bits, first)
-        yield Row("finetuned", "adapted, small steps, scales only", measure_adapted_run, scales, first)
-        if planes == 2:
-            name = "adapted, mostly blocks, straight-through latents"
-            yield Row("finetuned", name, measure_adapted_straight_through, bits, first)
+    scales = {**text, **half, **_NOT_RECONSTRUCTED, **_NO_FLIPS, "train.steps": rest + 2 * blocks}
+    yield Row("finetuned", "adapted, small steps, scales only", measure_adapted_run, scales, first)
 
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:

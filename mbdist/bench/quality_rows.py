@@ -108,18 +108,8 @@ def _finetuned_float(config: RunConfig, steps: int) -> tuple[nn.Module, list[flo
 
 
 def measure_adapted_run(config: RunConfig, steps: int) -> dict:
-    """The float model is taught the text for so many steps; then it is converted, finetuned, as its own teacher, and
-    measured."""
-    return _after_adaptation(config, steps, measure_run)
-
-
-def measure_adapted_straight_through(config: RunConfig, steps: int) -> dict:
-    """The same with latent weights."""
-    return _after_adaptation(config, steps, measure_straight_through)
-
-
-def _after_adaptation(config: RunConfig, steps: int, measure: Callable[[RunConfig], dict]) -> dict:
-    """``measure`` on the float model as so many steps have left it, in a folder that rows share."""
+    """The float model is taught the text for so many steps, in a folder that rows share; then it is converted,
+    finetuned, as its own teacher, and measured."""
     sections = {"seed": True, "model": True, "data": {"train", "window"}, "floats": {"warmup_fraction"}}
     batches = {"sequences_per_step", "micro_batch", "max_grad_norm"}
     taught_by = [steps, config.model_dump(include=sections | {"train": batches})]
@@ -127,7 +117,7 @@ def _after_adaptation(config: RunConfig, steps: int, measure: Callable[[RunConfi
     if not folder.exists():
         in_own_process(_adapt, config, steps, folder)
     model_config = ModelConfig(path=str(folder))
-    found = measure(config.model_copy(update={"model": model_config, "run_dir": f"{config.run_dir}-adapted"}))
+    found = measure_run(config.model_copy(update={"model": model_config, "run_dir": f"{config.run_dir}-adapted"}))
     return {**found, "tokens": found["tokens"] + steps * config.tokens_per_step}
 
 
