@@ -23,7 +23,7 @@ from mbdist.optim.schedule import warmup_cosine
 
 _KL_WINDOWS = 64  # KL needs the float model's logits too, so it is measured on the first windows only
 _FLOAT_LR = 1e-4  # of the float model's finetuning; not tuned
-_SCRATCH_LR, _SCRATCH_STEPS = 1e-3, 240
+_SCRATCH_LR = 1e-3  # of a small model trained from scratch; not tuned
 
 
 def digest_of(described: list) -> str:
@@ -131,8 +131,8 @@ def _adapt(config: RunConfig, steps: int, folder: Path) -> dict:
 
 
 def make_gpt2(config: RunConfig, folder: Path) -> dict:
-    """A small GPT-2 with the configured model's tokenizer, trained from scratch on the training text for a few minutes,
-    in ``folder``."""
+    """A small GPT-2 with the configured model's tokenizer, trained from scratch on the training text for thrice the
+    steps of a finetuning, a few minutes as configured, in ``folder``."""
     import transformers
 
     from mbdist.model.loading import load_tokenizer
@@ -144,7 +144,7 @@ def make_gpt2(config: RunConfig, folder: Path) -> dict:
     special = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = {"n_layer": 8, "n_embd": 384, "n_head": 6, "n_positions": config.data.window}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape, **special))
-    train_dense(config, model.train(), _SCRATCH_STEPS, _SCRATCH_LR)
+    train_dense(config, model.train(), 3 * config.train.steps, _SCRATCH_LR)
     save_model(model.eval(), tokenizer, folder)
     return {}
 

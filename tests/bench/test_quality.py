@@ -11,18 +11,17 @@ from mbdist.bench.quality_report import write_report
 from mbdist.config import load_config, parse_config
 
 
-def make_opt(_config, folder):
-    models.save_small_model(folder, "opt")
-    return {}
-
-
 def small_groups():
     return {
         "start": lambda config: iter(
             [
                 Row("start", "float", quality_rows.measure_float),
                 Row(
-                    "other", "float", quality_rows.measure_float, {"model.path": f"{config.run_dir}/opt"}, (), make_opt
+                    "other",
+                    "float",
+                    quality_rows.measure_float,
+                    {"model.path": f"{config.run_dir}/gpt2"},
+                    make_model=quality_rows.make_gpt2,
                 ),
                 Row("start", "svid", quality_rows.measure_run, {"train.steps": 0, "convert.init": "svid"}),
                 Row("start", "GPTQ, g16", quality_rows.measure_gptq, {}, (3, 16)),
