@@ -74,15 +74,15 @@ def token_loss(
     """(3,) fp64: the micro-batch's share in the loss of its global batch, which carries the gradient; and for the log
     the sums over its targets of KL and of cross-entropy.
 
-    Sums are divided by the targets of the whole global batch (``batchmean``: by its sequences), so accumulation and
-    sharding do not change the weight of a token."""
+    Sums are divided by the targets of the whole global batch (``batchmean``: that of the KL by its sequences), so
+    accumulation and sharding do not change the weight of a token."""
     is_target = learned[:, 1:].reshape(-1)
     targets = input_ids[:, 1:].reshape(-1)[is_target]
     rows = target_rows(states, is_target)
     with contextlib.nullcontext() if lesson is None else lesson.opened(is_target) as taught:
-        sums = _TokenLoss.apply(rows, head, taught, targets, config, torch.is_grad_enabled(), *head.trained)
-    divisor = max(1, num_sequences if config.kl_reduction == "batchmean" else num_targets)
-    return torch.cat([sums[:1] / divisor, sums[1:].detach()])
+        weights = _weights(config, num_targets / max(1, num_sequences))
+        sums = _TokenLoss.apply(rows, head, taught, targets, config, weights, torch.is_grad_enabled(), *head.trained)
+    return torch.cat([sums[:1] / max(1, num_targets), sums[1:].detach()])
 
 
 def next_token_loss(
@@ -123,9 +123,9 @@ class _TokenLoss(torch.autograd.Function):
     """(3,) fp64: the sum over rows of kl_weight * KL + ce_weight * cross-entropy, and both sums for the log."""
 
     @staticmethod
-    def forward(ctx, rows, head: Head, taught: Taught | None, targets, config: LossConfig, wants_gradient, *trained):
+    def forward(ctx, rows, head: Head, taught: Taught | None, targets, config, weights, wants_gradient, *trained):
         sums = torch.zeros(2, dtype=torch.float64, device=rows.device)  # KL, cross-entropy
-        kl_weight, ce_weight = _weights(config)
+        kl_weight, ce_weight = weights
         gradients = [torch.empty_like(rows), *map(torch.zeros_like, trained)] if wants_gradient else []
         for chunk in head.chunks(rows, config.chunk_tokens):
             with torch.set_grad_enabled(wants_gradient):
@@ -135,7 +135,7 @@ class _TokenLoss(torch.autograd.Function):
             slope = torch.empty_like(logits) if wants_gradient else None
             for block in blocks(logits):
                 of_block = of_chunk[block] if of_chunk is not None else None
-                kl, ce, wanted = _row_terms(logits.detach()[block], of_block, targets[chunk][block], config)
+                kl, ce, wanted = _row_terms(logits.detach()[block], of_block, targets[chunk][block], config, weights)
                 sums += torch.stack([kl, ce])
                 if wants_gradient:
                     slope[block] = wanted
@@ -151,12 +151,13 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sums):
         rows, *trained = (gradient * grad_sums[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return rows, None, None, None, None, None, *trained
+        return rows, None, None, None, None, None, None, *trained
 
 
-def _weights(config: LossConfig) -> tuple[float, float]:
-    """(of the KL, of the cross-entropy)."""
-    return config.kl_weight, config.cross_entropy_weight or float(config.teacher == "none")
+def _weights(config: LossConfig, targets_per_sequence: float) -> tuple[float, float]:
+    """(of the KL, of the cross-entropy) of a target."""
+    positions = targets_per_sequence if config.kl_reduction == "batchmean" else 1.0
+    return config.kl_weight * positions, config.cross_entropy_weight or float(config.teacher == "none")
 
 
 def _row_terms(
@@ -164,9 +165,10 @@ def _row_terms(
     taught: torch.Tensor | TopTokens | None,
     targets: torch.Tensor,  # (rows,) int64
     config: LossConfig,
+    weights: tuple[float, float],  # of the KL, of the cross-entropy
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum of KL, sum of cross-entropy, gradient of their weighted sum (rows, V) fp32)."""
-    kl_weight, ce_weight = _weights(config)
+    kl_weight, ce_weight = weights
     logits, temperature = logits.float(), config.temperature
     log_p = logits.log_softmax(-1)
     target = targets[:, None]

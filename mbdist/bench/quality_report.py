@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rich.table import Table
@@ -11,8 +12,9 @@ from mbdist.errors import UserError
 _COLUMNS = ("name", "planes", "bits", "tokens", "perplexity", "x float", "KL", "state, B/weight", "s/step")
 
 
-def write_report(rows: list[dict], json_file: Path) -> None:
-    """``quality.md`` and ``quality.svg`` from the rows of ``quality.json``."""
+def write_report(json_file: Path) -> None:
+    """``quality.md`` and ``quality.svg`` from all rows of ``quality.json``."""
+    rows = json.loads(json_file.read_text(encoding="utf-8"))
     json_file.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     draw(rows, json_file.with_suffix(".svg"))
 
@@ -63,7 +65,7 @@ def draw(rows: list[dict], picture: Path) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["group"] in ("start", "finetuned") and row["name"] != "float" and row.get("float_perplexity"):
-            label = f"{row['name']}, finetuned" if row["tokens"] else row["name"]
+            label = f"{row['name']}, finetuned" if row["step_s"] else row["name"]
             curves.setdefault(label, []).append((row["bits"], row["perplexity"] / row["float_perplexity"]))
     for label, points in curves.items():
         style = "-" if "calibrated" in label or "finetuned" in label else "--"

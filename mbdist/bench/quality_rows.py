@@ -73,7 +73,7 @@ def _finetune(config: RunConfig, trainer) -> dict:
         **_measure(config, trainer.engine.module, trainer.corpus.eval),
         "state_bytes_per_weight": state,
         "step_s": sorted(seconds)[len(seconds) // 2] if seconds else None,
-        "tokens": _trained_tokens(config) if seconds else 0,
+        "tokens": _trained_tokens(config),
     }
 
 

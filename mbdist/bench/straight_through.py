@@ -1,6 +1,7 @@
 """The method that Boolean finetuning replaces, for comparison: latent weights, straight-through estimator, AdamW.
 
-Trains the same plane of the same model through the same layers; only what becomes of the signal q = dL/dB differs. A
+Trains the last plane, in blocks too, where the Boolean rule moves bits of all planes; through the same layers, only
+what becomes of the signal q = dL/dB differs. Latents start anew from the residuals after the blocks. A
 latent weight a bit (fp32, with two fp32 moments: 12 bytes) takes q as its gradient, and the bit is its sign.
 One rank.
 """

@@ -66,8 +66,8 @@ def quality(
     for name in group or []:
         check_choice("--group", name, GROUPS)
     check_folder(json_file)
-    rows = bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
-    write_report(rows, json_file)
+    bench_quality(load_config(config, overrides or []), group or list(GROUPS), json_file)
+    write_report(json_file)
 
 
 @app.command()

@@ -71,4 +71,4 @@ def _rows(document: str) -> list[str]:
     """Rows as the data set has them: a blank line is an empty row, others keep their line end."""
     if "\n" not in document.rstrip("\n"):
         return [document]
-    return [line + "\n" if line.strip() else "" for line in document.splitlines()]
+    return [line + "\n" if line.strip() else "" for line in document.removesuffix("\n").split("\n")]

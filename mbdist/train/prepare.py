@@ -123,7 +123,9 @@ def _convert(
     calibration = []
     if config.convert.needs_calibration:
         source = config.convert.calibration
-        windows = corpus.train if source is None else load_windows(source, config.data, tokenizer, between)
+        # the training text named again: still without what is held out of it
+        same = source in (None, config.data.train)
+        windows = corpus.train if same else load_windows(source, config.data, tokenizer, between)
         calibration = calibration_batches(windows, config.convert.calibration_tokens)
     reports = []
     for report in conversion.run(calibration, tokenizer):

@@ -16,13 +16,7 @@ def small_groups():
         "start": lambda config: iter(
             [
                 Row("start", "float", quality_rows.measure_float),
-                Row(
-                    "other",
-                    "float",
-                    quality_rows.measure_float,
-                    {"model.path": f"{config.run_dir}/gpt2"},
-                    make_model=quality_rows.make_gpt2,
-                ),
+                *list(quality._architecture_rows(config))[1:3],  # a GPT-2, trained here, as run and reconstructed
                 Row("start", "svid", quality_rows.measure_run, {"train.steps": 0, "convert.init": "svid"}),
                 Row("start", "GPTQ, g16", quality_rows.measure_gptq, {}, (3, 16)),
             ]
@@ -47,8 +41,8 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
     config, results = parse_config(settings), tmp_path / "quality.json"
     rows = bench_quality(config, ["start", "finetuned"], results)
     by_name = {(row["group"], row["name"]): row for row in reversed(rows)}
-    assert len(rows) == 9 and json.loads(results.read_text()) == rows
-    assert by_name["other", "float"]["perplexity"] != by_name["start", "float"]["perplexity"]
+    assert len(rows) == 10 and json.loads(results.read_text()) == rows
+    assert by_name["other architecture", "reconstructed"]["planes"] == 2
     assert by_name["start", "float"]["kl"] == pytest.approx(0, abs=1e-6)
     start, trained = by_name["start", "svid"], by_name["finetuned", "scales and bits"]
     assert trained["tokens"] == 6 * 12 * 32 and start["tokens"] == 0 and trained["step_s"] > 0
@@ -56,13 +50,13 @@ def test_rows_are_measured_once_and_reported(tmp_path, llama_folder, monkeypatch
     assert start["float_perplexity"] == by_name["start", "float"]["perplexity"]
     latents = by_name["finetuned", "straight-through latents"]
     assert latents["state_bytes_per_weight"] - trained["state_bytes_per_weight"] > 9, "12 bytes against 1"
-    adapted, longer = by_name["finetuned", "adapted, scales and bits"], rows[7]
+    adapted, longer = by_name["finetuned", "adapted, scales and bits"], rows[-2]
     assert adapted["tokens"] == longer["tokens"] == 2 * trained["tokens"]
     assert adapted["float_perplexity"] == longer["perplexity"]
     assert adapted["perplexity"] != trained["perplexity"], "of another float model"
     monkeypatch.setattr(quality, "in_own_process", None)  # a second measurement would fail
     assert bench_quality(config, ["start", "finetuned"], results) == rows
-    write_report(rows, results)
+    write_report(results)
     assert "straight-through" in results.with_suffix(".md").read_text()
     assert "<svg" in results.with_suffix(".svg").read_text()
 
@@ -76,7 +70,7 @@ def test_every_row_is_a_valid_config():
         quality.changed_config(config, row.changes)
 
 
-@pytest.mark.parametrize(("group", "most"), [("finetuned", 250_000), ("adapted", 500_000)])
+@pytest.mark.parametrize(("group", "most"), [("finetuned", 250_000), ("adapted", 500_000), ("ablation", 100_000)])
 def test_compared_rows_see_the_same_number_of_tokens(group, most):
     config = load_config("configs/quality.yaml", [])
     tokens = set()

@@ -138,6 +138,12 @@ def test_sums_are_divided_by_targets_or_sequences():
     torch.testing.assert_close(loss_of(student, teacher, ids, learned, LossConfig(), 10, 4)[0], whole / 10)
     batchmean = LossConfig(kl_reduction="batchmean")
     torch.testing.assert_close(loss_of(student, teacher, ids, learned, batchmean, 10, 4)[0], whole / 4)
+    cross_entropy = {"kl_weight": 0.0, "cross_entropy_weight": 1.0}
+    found = [
+        loss_of(student, teacher, ids, learned, LossConfig(kl_reduction=reduction, **cross_entropy), 10, 4)[0]
+        for reduction in ("per_token", "batchmean")
+    ]
+    torch.testing.assert_close(*found)
 
 
 KINDS = {
