@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode, check_choice
+from mbdist.cli.options import GgufFile, ModelPath, PythonDocs, TextFiles, TrustRemoteCode, check_choice, text_source
 from mbdist.config.convert import ConvertConfig, ReconstructionConfig
-from mbdist.config.data import DataConfig, PythonDocsSource, TextSource
+from mbdist.config.data import DataConfig
 from mbdist.config.model import ModelConfig
 from mbdist.errors import UserError
 
@@ -30,8 +30,8 @@ def convert(
     init: Annotated[str, typer.Option(help="How planes are found: calibrated, joint or svid.")] = "joint",
     include: Annotated[list[str] | None, typer.Option(help="Layers to convert, shell pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text to calibrate on, file or pattern; repeatable.")] = None,
-    python_docs: Annotated[bool, typer.Option("--python-docs", help="Calibrate on Python's documentation.")] = False,
+    text: TextFiles = None,
+    python_docs: PythonDocs = False,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = (
         _DEFAULTS.calibration_tokens
     ),
@@ -82,8 +82,7 @@ def convert(
         )
     data = None
     if settings.needs_calibration:
-        train = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
-        data = DataConfig(train=train, window=window)
+        data = DataConfig(train=text_source(text), window=window)
     _convert(source, settings, data, output, workers)
 
 

@@ -5,16 +5,14 @@ from typing import Annotated
 
 import typer
 
-from mbdist.cli.options import GgufFile, ModelPath, TrustRemoteCode, check_choice
+from mbdist.cli.options import GgufFile, ModelPath, PythonDocs, TextFiles, TrustRemoteCode, check_choice, text_source
 from mbdist.errors import UserError
 
 
 def evaluate(
     model: ModelPath,
-    text: Annotated[list[str] | None, typer.Option(help="Text file or shell pattern; repeatable.")] = None,
-    python_docs: Annotated[
-        bool, typer.Option("--python-docs", help="Use the prose of Python's documentation.")
-    ] = False,
+    text: TextFiles = None,
+    python_docs: PythonDocs = False,
     window: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
     skip_windows: Annotated[int, typer.Option(min=0, help="Leave out the first so many: what a run trained on.")] = 0,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many windows.")] = None,
@@ -40,6 +38,7 @@ def evaluate(
 
     Example: `mbdist eval runs/quickstart/model --python-docs --window 256 --skip-windows 397`
     Example: `mbdist eval out/2bit --text wiki.test.raw --preparation wikitext2 --window 2048`
+    Example: `mbdist eval out/2bit --text c4-validation.00000-of-00008.json.gz --preparation c4 --window 2048`
     Example: `mbdist eval out/2bit --tasks arc_easy,piqa`
     """
     if (text is not None) + python_docs + (tasks is not None) != 1:
@@ -47,12 +46,13 @@ def evaluate(
     check_choice("--preparation", preparation, ("packed", "wikitext2", "c4"))
     check_choice("--device", device, ("auto", "cpu", "cuda"))
     check_choice("--precision", precision, ("auto", "bf16", "fp32"))
+    data = text_source(text)
     import dataclasses
     import json
 
     from mbdist.comm.communicator import Communicator
     from mbdist.config.cluster import ClusterConfig
-    from mbdist.config.data import DataConfig, PythonDocsSource, TextSource
+    from mbdist.config.data import DataConfig
     from mbdist.config.model import ModelConfig
     from mbdist.data.published import published_windows
     from mbdist.data.sources import load_documents
@@ -79,7 +79,6 @@ def evaluate(
         print(json.dumps(found))
         return
     check_window(window, loaded.config, "--window")
-    data = PythonDocsSource(type="python_docs") if python_docs else TextSource(type="text", paths=text)
     if preparation == "packed":
         windows = load_windows(data, DataConfig(train=data, window=window), tokenizer).with_format("torch")
     else:

@@ -1,5 +1,6 @@
 """The command line."""
 
+import gzip
 import json
 import subprocess
 
@@ -85,6 +86,11 @@ def test_eval_against_a_teacher_and_on_published_windows(converted, tmp_path, ll
     assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
     published = json.loads(mbdist("eval", llama_folder, *options, "--preparation", "wikitext2").stdout)
     assert published["preparation"] == "wikitext2" and published["perplexity"] != same["perplexity"]
+    records = tmp_path / "c4-validation.json.gz"
+    with gzip.open(records, "wt") as file:
+        file.writelines(json.dumps({"text": f"The value of name {n} is an object. " * 9}) + "\n" for n in range(3))
+    of_records = ["eval", llama_folder, "--text", records, *options[2:], "--preparation", "c4"]
+    assert json.loads(mbdist(*of_records).stdout)["windows"] == 6
 
 
 def test_eval_of_a_zero_shot_task_from_local_files(converted, tmp_path):
@@ -143,9 +149,10 @@ def test_env_and_schema_are_json():
         (["eval", "{model}", "--python-docs", "--device", "tpu"], "there is auto, cpu, cuda"),
         (["eval", "{model}", "--python-docs", "--tasks", "piqa"], "name what to measure on"),
         (["eval", "{model}", "--python-docs", "--preparation", "ptb"], "there is packed, wikitext2, c4"),
+        (["eval", "{model}", "--text", "a.json.gz", "--text", "b.txt"], "several kinds (json, text)"),
         (
             ["bench", "quality", "--group", "x"],
-            "there is start, finetuned, longer, adapted, blocks, allocation, architecture, conversion, ablation",
+            "there is start, finetuned, adapted, allocation, architecture, conversion, ablation",
         ),
         (["bench", "comm", "--codec", "x"], "there is fp32, bf16, int8, int4, sign, sign_unbiased"),
         (["bench", "scaling", "--ranks", "9"], "no multiple of --node-size 8"),
