@@ -88,3 +88,22 @@ def test_a_calibration_stops_between_two_passes(tmp_path, llama_folder):
     prepare(config, MetricsWriter(log))
     layers = [record for record in read_metrics(log) if record["event"] == "converted_layer"]
     assert [record["done"] for record in layers] == list(range(1, 15)) and layers[-1]["layers"] == 14
+
+
+def test_calibration_never_sees_what_is_held_out(tmp_path, llama_folder):
+    """All of the training text, by default and named again; the whole of it under another name differs."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The value of name {n} is an object of type {n * n}. " for n in range(60)))
+    again = tmp_path / "again.txt"
+    again.write_text(text.read_text())
+    sources = [{"type": "text", "paths": [str(path)]} for path in (text, text, again)]
+    hashes = []
+    for number, source in enumerate(sources):
+        convert = {"init": "calibrated", "calibration_tokens": 10**6, "reconstruction": {"steps": 0}}
+        convert["calibration"] = source if number else None
+        data = {"train": sources[0]}
+        config = parse_config(models.run_settings(tmp_path / f"run{number}", llama_folder, convert=convert, data=data))
+        (tmp_path / f"run{number}").mkdir()
+        prepare(config, MetricsWriter(tmp_path / f"run{number}/metrics.jsonl"))
+        hashes.append(hash_planes(load_model(student_source(config))))
+    assert hashes[0] == hashes[1] != hashes[2]
