@@ -24,8 +24,9 @@ class BooleanOptimizerConfig(Section):
     """`evidence`: q summed over the last 64 micro-batches of all workers (since the bit flipped, older ones fade), in
     standard errors of that sum; the threshold is 1 / step_size of them (5), so that noise alone does not fill the
     accumulators, however long the run. `curvature`: q / (s^2 h), so the threshold is where a flip pays to second order;
-    wants a small step_size (0.05), and signals that stand out of their noise in a few steps, as those of a block's
-    reconstruction do. `rms`: q over its root mean square. `raw`: q as published."""
+    wants a small step_size (0.05), signals that stand out of their noise in a few steps, as those of a block's
+    reconstruction do, and a loss that is a mean over tokens, with weights that add up to 1. `rms`: q over its root mean
+    square. `raw`: q as published."""
     step_size: Annotated[float, Field(ge=0)] = 0.2
     """eta: what one step adds to an accumulator is eta times the signal; a bit flips at 1. 0 turns flips off."""
     adapt_step_size: bool = False

@@ -26,6 +26,7 @@ from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, layers_by_block
 from mbdist.convert.calibration import BlockCalibration, BlockWalk
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, Spread, in_turn
+from mbdist.convert.joint import ordered_by_scale
 from mbdist.convert.moments import LayerMoments, squared_moments
 from mbdist.convert.partial_folder import PartialFolder, partial_folder_of
 from mbdist.convert.planes import PlaneSet
@@ -185,7 +186,7 @@ class Conversion:
             _ = block.outputs  # put aside before the shard is written: a conversion that is killed goes on from them
         for name, original in originals.items():
             replace_module(self.model, name, original)
-        return {name: planes_of(layer) for name, layer in layers.items()}, output_error
+        return {name: ordered_by_scale(planes_of(layer)) for name, layer in layers.items()}, output_error
 
     def _described(
         self, shard: Shard, found: dict[str, PlaneSet], output_error: float | None
