@@ -24,7 +24,7 @@ TrustRemoteCode = Annotated[
 ]
 TextFiles = Annotated[
     list[str] | None,
-    typer.Option(help="Text, JSON lines or parquet (field: text), compressed or not; file or pattern; repeatable."),
+    typer.Option(help="Text, JSON lines (.gz too) or parquet, whose field is text; file or pattern; repeatable."),
 ]
 PythonDocs = Annotated[bool, typer.Option("--python-docs", help="Use the prose of Python's documentation.")]
 
