@@ -54,14 +54,18 @@ def residual_errors(
     return [norm * math.log(1 / share) / share for norm in successive_residuals(weight, max_planes)]
 
 
-def spare_bits(shapes: dict[str, tuple[int, int]], average_bits: float) -> float:
-    """What a budget leaves after one plane each. Raises UserError where it is less than nothing."""
+def spare_bits(shapes: dict[str, tuple[int, int]], average_bits: float, max_planes: int) -> float:
+    """What a budget leaves after one plane each. Raises UserError where that is less than nothing, or more than
+    ``max_planes`` each would use up."""
     weights = sum(m * n for m, n in shapes.values())
     least = sum(plane_bits(shape) for shape in shapes.values())
-    if average_bits * weights < least:
-        least /= weights
-        raise UserError(f"{average_bits} bits a weight are too few: one plane each, with scales, takes {least:.3f}")
-    return average_bits * weights - least
+    bits, average = average_bits * weights, least / weights
+    if bits < least:
+        raise UserError(f"{average_bits} bits a weight are too few: one plane each, with scales, takes {average:.3f}")
+    if bits > max_planes * least:
+        most = f"max_planes={max_planes}, with scales, takes {max_planes * average:.3f}"
+        raise UserError(f"{average_bits} bits a weight are too many: {most}; raise max_planes or lower bits")
+    return bits - least
 
 
 def allocate(
@@ -70,8 +74,8 @@ def allocate(
     average_bits: float,  # a weight, scales included
     per_bit: bool,  # rank by gain a bit, not by gain
 ) -> dict[str, int]:
-    """Planes by matrix. Raises UserError where not even one plane each fits the budget."""
-    left = spare_bits(shapes, average_bits)
+    """Planes by matrix. Raises UserError as ``spare_bits`` does."""
+    left = spare_bits(shapes, average_bits, max(map(len, errors.values())))
     chosen = dict.fromkeys(shapes, 1)
 
     def gain(name: str) -> float:

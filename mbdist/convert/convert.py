@@ -99,7 +99,7 @@ class Conversion:
             raise UserError(f"{source.path} is quantised already; convert the float model that it was made from")
         self.layers = convertible_layers(self.model, config.include, config.exclude)  # all of them empty
         if config.bits is not None:
-            spare_bits(self.shapes, config.bits)
+            spare_bits(self.shapes, config.bits, config.max_planes)
         self.layers_of = layers_by_block(self.model, self.layers)
         self.shards = list(cut_into_shards(self.model, self.layers_of))
         files = safetensors_of(source)

@@ -140,6 +140,7 @@ def test_env_and_schema_are_json():
         (["convert", "{model}", "out", "--bits", "3", "--planes", "2"], "exclude each other"),
         (["convert", "{model}", "out", "--bits", "3"], "takes text to calibrate on"),
         (["convert", "{model}", "out", "--bits", "0.5", "--allocation", "residual"], "0.5 bits a weight are too few"),
+        (["convert", "{model}", "out", "--bits", "20", "--allocation", "residual"], "raise max_planes or lower bits"),
         (["convert", "{converted}", "out"], "is multi-Boolean already"),
         (["convert", "{model}", "{model}"], "is not an empty folder"),
         (["convert", "{model}", "out", "--planes", "99"], "less than or equal to 8"),

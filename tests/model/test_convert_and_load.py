@@ -357,6 +357,8 @@ def test_allocation_spends_the_budget_where_it_does_most():
     assert allocate(errors, shapes, budget, per_bit=True) == {"a": 1, "b": 2, "c": 3}
     with pytest.raises(UserError, match="too few"):
         allocate(errors, shapes, 1.0, per_bit=True)
+    with pytest.raises(UserError, match="raise max_planes"):
+        allocate(errors, shapes, 7.0, per_bit=True)
 
 
 @pytest.mark.parametrize("rule", ["second_order", "residual"])
