@@ -40,7 +40,9 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
 
 
 def test_a_model_loads_after_import_mbdist_in_either_order(tmp_path, llama_folder):
-    subprocess.run(["mbdist", "convert", llama_folder, tmp_path / "model"], check=True, capture_output=True)
+    subprocess.run(
+        ["mbdist", "convert", llama_folder, tmp_path / "model", "--init", "joint"], check=True, capture_output=True
+    )
     load = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})).__name__)"
     for imports in (
         "import mbdist; from transformers import AutoModelForCausalLM",

@@ -27,7 +27,7 @@ def convert(
     allocation: Annotated[
         str, typer.Option(help="With --bits: second_order (needs text) or residual.")
     ] = "second_order",
-    init: Annotated[str, typer.Option(help="How planes are found: calibrated, joint or svid.")] = "joint",
+    init: Annotated[str, typer.Option(help="How planes are found: calibrated, joint or svid.")] = _DEFAULTS.init,
     include: Annotated[list[str] | None, typer.Option(help="Layers to convert, shell pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
     text: TextFiles = None,
@@ -53,8 +53,8 @@ def convert(
 
     Killed, it leaves what is done beside OUTPUT, and the same command goes on from there.
 
-    Example: `mbdist convert path/or/hub-id out/2bit --planes 2 --init calibrated --python-docs`
-    Example: `mbdist convert path/or/hub-id out/2.5bit --bits 2.5 --init calibrated --text corpus.txt`
+    Example: `mbdist convert path/or/hub-id out/2bit --planes 2 --python-docs`
+    Example: `mbdist convert path/or/hub-id out/2.5bit --bits 2.5 --text corpus.txt`
     """
     check_choice("--init", init, ("calibrated", "joint", "svid"))
     check_choice("--allocation", allocation, ("second_order", "residual"))
@@ -74,9 +74,11 @@ def convert(
         reconstruction=ReconstructionConfig(steps=reconstruction_steps),
     )
     if settings.needs_calibration != (bool(text) != python_docs):
-        what = "--init calibrated" if init == "calibrated" else "--bits with --allocation second_order"
+        what, instead = "--bits with --allocation second_order", " (--allocation residual takes none)"
+        if init == "calibrated":
+            what, instead = "--init calibrated", " (--init joint takes none, for a start that is worse by far)"
         raise UserError(
-            f"{what} takes text to calibrate on: name it with --text FILE, or --python-docs"
+            f"{what} takes text to calibrate on: name it with --text FILE, or --python-docs{instead}"
             if settings.needs_calibration
             else f"--text and --python-docs are for calibration; --init {init} takes none here"
         )

@@ -25,7 +25,7 @@ def mbdist(*arguments, check=True, cwd=None):
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, llama_folder):
     folder = tmp_path_factory.mktemp("cli") / "model"
-    done = mbdist("convert", llama_folder, folder, "--planes", 3)
+    done = mbdist("convert", llama_folder, folder, "--planes", 3, "--init", "joint")
     return folder, done
 
 
@@ -131,18 +131,18 @@ def test_env_and_schema_are_json():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "nowhere", "out"], "cannot load the model nowhere"),
-        (["convert", "package:no_such_package", "out"], "no Python package no_such_package"),
-        (["convert", "{model}", "out", "--include", "x"], "no linear layer is left"),
+        (["convert", "nowhere", "out", "--init", "joint"], "cannot load the model nowhere"),
+        (["convert", "package:no_such_package", "out", "--python-docs"], "no Python package no_such_package"),
+        (["convert", "{model}", "out", "--init", "joint", "--include", "x"], "no linear layer is left"),
         (["convert", "{model}", "out", "--init", "magic"], "there is calibrated, joint, svid"),
-        (["convert", "{model}", "out", "--init", "calibrated"], "name it with --text FILE, or --python-docs"),
-        (["convert", "{model}", "out", "--python-docs"], "--init joint takes none here"),
+        (["convert", "{model}", "out"], "name it with --text FILE, or --python-docs"),
+        (["convert", "{model}", "out", "--init", "joint", "--python-docs"], "--init joint takes none here"),
         (["convert", "{model}", "out", "--bits", "3", "--planes", "2"], "exclude each other"),
-        (["convert", "{model}", "out", "--bits", "3"], "takes text to calibrate on"),
-        (["convert", "{model}", "out", "--bits", "0.5", "--allocation", "residual"], "0.5 bits a weight are too few"),
-        (["convert", "{model}", "out", "--bits", "20", "--allocation", "residual"], "raise max_planes or lower bits"),
-        (["convert", "{converted}", "out"], "is multi-Boolean already"),
-        (["convert", "{model}", "{model}"], "is not an empty folder"),
+        (["convert", "{model}", "out", "--init", "svid", "--bits", "3"], "--allocation residual takes none"),
+        (["convert", "{model}", "out", "--bits", "0.5", "--python-docs"], "0.5 bits a weight are too few"),
+        (["convert", "{model}", "out", "--bits", "20", "--python-docs"], "raise max_planes or lower bits"),
+        (["convert", "{converted}", "out", "--init", "joint"], "is multi-Boolean already"),
+        (["convert", "{model}", "{model}", "--init", "joint"], "is not an empty folder"),
         (["convert", "{model}", "out", "--planes", "99"], "less than or equal to 8"),
         (["eval", "{model}"], "name what to measure on"),
         (["eval", "{model}", "--window", "32", "--text", "none.txt"], "no file matches"),
@@ -182,7 +182,7 @@ def test_train_in_one_process_names_the_ways_to_start_several(tmp_path, llama_fo
 def test_a_full_disk_leaves_the_previous_save_whole(tmp_path, llama_folder):
     """A real full disk: a file size limit makes the kernel refuse the write of the weights."""
     target = tmp_path / "model"
-    mbdist("convert", llama_folder, target)
+    mbdist("convert", llama_folder, target, "--init", "joint")
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
