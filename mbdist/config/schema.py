@@ -101,11 +101,6 @@ class RunConfig(Section):
                 )
         if self.checkpoint.keep_best and not self.train.eval_every:
             problems.append("checkpoint.keep_best needs evaluations to choose by: set train.eval_every")
-        if self.train.probe_every and self.boolean.signal != "curvature":
-            problems.append(
-                f"train.probe_every predicts from q / (s^2 h), which boolean.signal = {self.boolean.signal} does not "
-                "give: set boolean.signal to curvature (and boolean.step_size to 0.05), or train.probe_every to 0"
-            )
         if self.boolean.signal == "evidence" and self.boolean.accumulator == "int4":
             problems.append(
                 "boolean.accumulator = int4 has a unit of about a standard error, too coarse for boolean.signal = "

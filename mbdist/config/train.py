@@ -42,4 +42,4 @@ class TrainConfig(Section):
     turns it off."""
     probe_every: Annotated[int, Field(ge=0)] = 0
     """Every so many steps measure what the step's flips did to the loss of its own batch, beside what the second-order
-    estimate predicted (`boolean.signal: curvature`): one more forward pass there, and 4 bytes a weight. 0: never."""
+    estimate predicted: one more forward pass there, and 4 bytes a weight. 0: never."""

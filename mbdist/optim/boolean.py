@@ -37,7 +37,7 @@ from mbdist.config.comm import CommConfig
 from mbdist.config.optimizers import BooleanOptimizerConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.optim.accumulated import Accumulated, plane_name, plane_sets
+from mbdist.optim.accumulated import HISTOGRAM_BINS, Accumulated, plane_name, plane_sets
 from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import within_caps
 from mbdist.optim.integration import Integration, integration
@@ -50,7 +50,6 @@ from mbdist_kernels import (
     WORD_BITS,
     Signal,
     accumulate_signal,
-    accumulated_values,
     draw_tickets,
     find_candidates,
     flip_mask,
@@ -212,10 +211,14 @@ class BooleanOptimizer:
             sizes = self.curvature.column_sizes(entry.matrix)
         columns = SplitColumns.of(column, sizes)
         entry.columns = columns.owners
+        return self.reduction.wanted(entry.segments, row * (self._eta(entry) / self.gradient_scale), columns.sent)
+
+    def _eta(self, entry: Accumulated) -> float:
+        """Of this step: what a signal of 1 adds to an accumulator."""
         eta = entry.step_size / self._integration().divisor
         if self.config.signal in ("evidence", "rms"):  # in standard deviations: of what arrives
             eta /= self.reduction.codec.deviation
-        return self.reduction.wanted(entry.segments, row * (eta / self.gradient_scale), columns.sent)
+        return eta
 
     def take(self, layer, signals, row_squares, column_squares, tokens) -> None:
         entries = self._of_layer[id(layer)]
@@ -347,7 +350,7 @@ class BooleanOptimizer:
 
     def _predict(self, training: list[Accumulated], chosen: list[Candidates], report: FlipReport) -> None:
         """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by
-        s^2 h (2 r u + 2 u^2), r the signal G / (s h). Interactions between moves are what it leaves out."""
+        2 q u + 2 s^2 h u^2, q = G s. Interactions between moves are what it leaves out."""
         changes = torch.zeros(len(chosen), dtype=torch.float64, device=chosen[0].elements.device)
         for i, (entry, moves) in enumerate(zip(training, chosen, strict=True)):
             if entry.probe is None or entry.scales is None or not len(moves.elements):
@@ -356,10 +359,11 @@ class BooleanOptimizer:
             rows, columns = self.curvature.cost_of_a_flip(entry.matrix, *(scale[plane] for scale in entry.scales))
             width = words_per_row(entry.layer.in_features) * WORD_BITS
             positions = moves.elements.long()
-            ratio = entry.probe[positions] / entry.step_size
+            signal = entry.probe[positions] / self._eta(entry)
             positions = positions + entry.first_element
             cost = rows[positions // width] * columns[positions % width]
-            changes[i] = (cost * (2 * ratio * moves.steps + 2 * moves.steps.square())).double().sum()
+            q = signal * self.curvature.unit(cost, self.config.signal)
+            changes[i] = (2 * q * moves.steps + 2 * cost * moves.steps.square()).double().sum()
         totals = self.communicator.all_reduce_sum(changes, "flip_counts").tolist()
         report.predicted = {entry.name: total for entry, total in zip(training, totals, strict=True)}
 
@@ -395,6 +399,11 @@ class BooleanOptimizer:
         return sum(layer.num_weights for layer in self.layers.values())
 
     @property
+    def num_accumulators(self) -> int:
+        """One for every bit, or move between levels, that a step decides on."""
+        return sum(entry.layer.num_weights for entry in self.accumulated)
+
+    @property
     def plane_names(self) -> list[str]:
         """Every plane, in the order of the plane store."""
         return [plane_name(name, k) for name, layer in self.layers.items() for k in range(layer.num_planes)]
@@ -410,17 +419,15 @@ class BooleanOptimizer:
         }
 
     def accumulator_quantiles(self, of: tuple[float, ...] = (0.5, 0.9, 0.99)) -> dict[str, list[float]]:
-        """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of this rank's part."""
-        found = {}
-        for entry in self.accumulated:
-            used = self._on_device(entry)[: entry.entries_owned]
-            size = accumulated_values(used).float().abs() / self.format.threshold
-            counts = torch.histc(size, bins=256, min=0, max=2)
-            share = counts.cumsum(0) / max(1, size.numel())
-            quantiles = [float((share < q).sum()) / 128 for q in of]
-            saturated = (size >= self.format.bound / self.format.threshold).float().mean().item() if len(size) else 0.0
-            found[entry.name] = [*quantiles, saturated]
-        return found
+        """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of all ranks' parts; all ranks call."""
+        counts = torch.stack([entry.histogram(self._on_device(entry)) for entry in self.accumulated])
+        counts = self.communicator.all_reduce_sum(counts, "statistics").double()
+        shares = counts / counts[:, :-1].sum(1, keepdim=True)
+        below = shares[:, :-1].cumsum(1)
+        return {
+            entry.name: [*((below[i] < q).sum().item() / HISTOGRAM_BINS for q in of), shares[i, -1].item()]
+            for i, entry in enumerate(self.accumulated)
+        }
 
     def state_pieces(self) -> list[Piece]:
         """What this rank alone has: its parts of accumulators and planes, in coordinates of the whole matrices."""

@@ -96,3 +96,9 @@ class Curvature:
         """(row (m,), column (n,)) vectors with s^2 h = outer(row, column)."""
         rows, columns = map(_floored, self.of(index))
         return _floored(scale_out).square() * rows, _floored(scale_in).square() * columns
+
+    def unit(self, cost: torch.Tensor, signal: Literal["curvature", "evidence", "rms", "raw"]) -> torch.Tensor | float:
+        """What a signal of 1 says of q, where a flip costs ``cost`` = s^2 h: the inverse of ``factors``."""
+        if signal == "raw":
+            return 1.0
+        return cost if signal == "curvature" else (cost / self.smoothed_tokens).sqrt()

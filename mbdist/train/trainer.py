@@ -367,7 +367,7 @@ class Trainer:
             kl=kl if self.teacher is not None else None,
             cross_entropy=cross_entropy,
             skipped=report is None,
-            flip_rate=report.total() / self.boolean.num_trained_weights if report else 0.0,
+            flip_rate=report.total() / self.boolean.num_accumulators if report else 0.0,
             flip_cap=report.cap_rate if report else 0.0,
             flips=report.flips if report else {},
             flipped_back=report.flipped_back if report else {},

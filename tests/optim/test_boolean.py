@@ -55,7 +55,8 @@ def store_of(optimizer):
 
 
 def run(communicator, config, codec="fp32", steps=STEPS, save=None, resume=None):
-    """``save``: a folder, for the state after step 1, where the run ends. ``resume``: goes on from it."""
+    """Planes, flips of every step, quantiles of the accumulators. ``save``: a folder, for the state after step 1, where
+    the run ends. ``resume``: goes on from it."""
     layers = make_layers()
     ranks = communicator.world_size
     optimizer = BooleanOptimizer(
@@ -92,7 +93,8 @@ def run(communicator, config, codec="fp32", steps=STEPS, save=None, resume=None)
         assert optimizer.all_finite(torch.zeros(()))
         flips.append(dict(optimizer.step().flips))
         assert optimizer.store.check_replicas(optimizer.plane_names) is None
-    return {name: torch.stack(list(layer.planes)) for name, layer in layers.items()}, flips
+    planes = {name: torch.stack(list(layer.planes)) for name, layer in layers.items()}
+    return planes, flips, optimizer.accumulator_quantiles()
 
 
 def run_in_group(config, codec, files):
@@ -172,11 +174,11 @@ MODES = {
 )
 def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
     config = MODES[mode]
-    alone, flips_alone = run(Communicator(), config, codec)
+    alone, flips_alone, quantiles_alone = run(Communicator(), config, codec)
     assert sum(sum(step.values()) for step in flips_alone) > 20, "the test must see flips"
     for world_size in (2, 3, 4, 6, 8) if mode == "evidence" else (2, 3, 4):
-        for planes, flips in run_on_ranks(world_size, tmp_path, run_in_group, config, codec, {}):
-            assert flips == flips_alone
+        for planes, flips, quantiles in run_on_ranks(world_size, tmp_path, run_in_group, config, codec, {}):
+            assert flips == flips_alone and quantiles == quantiles_alone
             for name in SHAPES:
                 assert torch.equal(planes[name], alone[name]), name
 
@@ -185,7 +187,7 @@ def test_same_flips_for_any_number_of_ranks(tmp_path, mode, codec):
 def test_no_step_flips_more_than_the_cap(planes):
     """Also where so many stand at the highest rank that none may flip without the lottery."""
     config = BooleanOptimizerConfig(**COMMON, planes=planes, guard=0.0).model_copy(update={"step_size": 1000.0})
-    _, flips = run(Communicator(), config)
+    _, flips, _ = run(Communicator(), config)
     for step in flips[1:]:
         for name, count in step.items():
             m, n = SHAPES[name.partition(".")[0]]
@@ -196,14 +198,14 @@ def test_no_step_flips_more_than_the_cap(planes):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("ranks", "then"), [(1, 1), (3, 2)])
 def test_a_checkpoint_restores_a_run_exactly_on_any_number_of_ranks(tmp_path, mode, ranks, then):
-    expected, flips = run(Communicator(), MODES[mode])
+    expected, flips, quantiles = run(Communicator(), MODES[mode])
     for number, files in ((ranks, {"save": tmp_path / "saved"}), (then, {"resume": tmp_path / "saved/step_2"})):
         if number == 1:
             found = [run(Communicator(), MODES[mode], **files)]
         else:
             found = run_on_ranks(number, tmp_path, run_in_group, MODES[mode], "fp32", files)
-    for planes, resumed_flips in found:
-        assert resumed_flips == flips[2:]
+    for planes, resumed_flips, resumed_quantiles in found:
+        assert resumed_flips == flips[2:] and resumed_quantiles == quantiles
         for name in SHAPES:
             assert torch.equal(expected[name], planes[name])
 
@@ -246,7 +248,7 @@ def test_matrices_in_turns_send_and_flip_in_their_steps_alone():
 @pytest.mark.parametrize("mode", MODES)
 def test_accumulators_on_the_host_change_nothing(tmp_path, monkeypatch, mode):
     """The copies as they are on a GPU, between two places of a CPU's memory."""
-    expected, flips = run(Communicator(), MODES[mode])
+    expected, flips, _ = run(Communicator(), MODES[mode])
     made = []
 
     def host_memory(optimizer):
@@ -256,14 +258,14 @@ def test_accumulators_on_the_host_change_nothing(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(BooleanOptimizer, "_host_memory", host_memory)
     run(Communicator(), MODES[mode], save=tmp_path / "saved")
     for files, first in (({}, 0), ({"resume": tmp_path / "saved/step_2"}, 2)):
-        planes, found = run(Communicator(), MODES[mode], **files)
+        planes, found, _ = run(Communicator(), MODES[mode], **files)
         assert found == flips[first:]
         assert all(torch.equal(expected[name], planes[name]) for name in SHAPES)
     assert len(made) == 3 and not any(memory._fetched for memory in made), "what is fetched is used"
 
 
 def test_first_curvature_step_only_measures():
-    _, flips = run(Communicator(), CURVATURE, steps=1)
+    _, flips, _ = run(Communicator(), CURVATURE, steps=1)
     assert sum(flips[0].values()) == 0
 
 
@@ -291,14 +293,16 @@ def test_raw_rule_flips_what_the_paper_says():
     assert optimizer.accumulated[0].beta_q15 == expected_beta  # beta = 1 - share of bits just flipped
 
 
-def test_curvature_signal_is_q_over_s2h():
-    """The factors times G equal eta * q / (s^2 h) with h of the smoothed batch statistics."""
+@pytest.mark.parametrize("rule", ["curvature", "evidence", "raw"])
+def test_signal_is_q_in_the_unit_of_its_rule(rule):
+    """G times the factors is eta q / (s^2 h), eta q / (s sqrt(h / T)) or eta q, h of the smoothed batch statistics, and
+    what a step is predicted to gain takes q back from it."""
     torch.manual_seed(0)
     layer = MultiBooleanLinear(64, 32, 2, bias=False)
     for plane in layer.planes:
         plane.data = pack_signs(torch.randn(32, 64))
     layer.scale_out.data, layer.scale_in.data = torch.rand(2, 32) + 0.5, -torch.rand(2, 64) - 0.5
-    config = BooleanOptimizerConfig(planes="last", signal="curvature", step_size=0.25)
+    config = BooleanOptimizerConfig(planes="last", signal=rule, step_size=0.25)
     optimizer = BooleanOptimizer({"l": layer}, config, CommConfig(codec="fp32"), Communicator(), 10, 1, seed=0)
     x, dy = torch.randn(50, 64), torch.randn(50, 32)
     optimizer.curvature.add(0, dy.double().square().sum(0), x.double().square().sum(0), 50)
@@ -308,8 +312,11 @@ def test_curvature_signal_is_q_over_s2h():
     g = (dy.T @ x).double()
     s = torch.outer(layer.scale_out[1].double(), layer.scale_in[1].double())
     h = torch.outer(dy.double().square().sum(0), x.double().square().sum(0))
-    expected = 0.25 * (g * s) / (s**2 * h)
-    torch.testing.assert_close(g * torch.outer(row, column).double(), expected, rtol=1e-4, atol=1e-6)
+    cost = s**2 * h
+    unit = {"curvature": cost, "evidence": (cost / 50).sqrt(), "raw": torch.ones(())}[rule]
+    found = g * torch.outer(row, column).double()
+    torch.testing.assert_close(found, 0.25 * g * s / unit, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found / 0.25 * optimizer.curvature.unit(cost, rule), g * s, rtol=1e-4, atol=1e-6)
 
 
 def test_a_signal_that_is_not_finite_is_seen_and_changes_nothing():

@@ -121,7 +121,7 @@ VARIANTS = {
     "hidden states": {"loss": {"hidden": "normalised", "kl_reduction": "batchmean"}},
     "probed": {"train": {"probe_every": 4}},
     "norms in bf16": {"floats": {"also_train": ["*norm*"]}, "train": {"precision": "bf16"}},
-    "evidence": {"boolean": {"planes": "last", "signal": "evidence"}},
+    "evidence": {"boolean": {"planes": "last", "signal": "evidence"}, "train": {"probe_every": 4}},
     "raw rule": {"boolean": {"planes": "last", "signal": "raw", "step_size": 3000.0}, "comm": {"codec": "bf16"}},
 }
 
@@ -142,7 +142,7 @@ def test_variants_flip_and_learn(finished, tmp_path, llama_folder, name):
     assert moved == (name == "norms in bf16")
     planes = moved_weights(planes_of(tmp_path / "run/converted")[0], planes_of(tmp_path / "run/model")[0])[1]
     assert planes == ({"1"} if settings["boolean"]["planes"] == "last" else {"0", "1"})
-    if name == "probed":
+    if "probe_every" in settings["train"]:
         probes = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["event"] == "probe"]
         assert [probe["step"] for probe in probes] == [4, 8, 12]
         assert probes[0]["predicted_change"] < 0 and probes[0]["flips"] > 0
