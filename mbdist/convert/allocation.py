@@ -2,9 +2,10 @@
 
 Both rules start from one plane a matrix and keep giving a plane to the matrix where that lowers the objective most:
 
-* ``second_order`` (ours): sum over matrices of tr(D_out E D_in E^T), the factored second-order estimate of what the
-  error E does to the loss; D_in and D_out are the second moments of the inputs and output gradients. Gains count per
-  bit, because a plane of a large matrix spends more of the budget.
+* ``second_order`` (ours): sum over matrices of tr(D_out E X^T X E^T), the factored second-order estimate of what the
+  error E of the calibrated planes does to the loss; D_out are the second moments of the output gradients. Gains count
+  per bit, because a plane of a large matrix spends more of the budget. (With the second moments of the inputs alone for
+  X^T X, and so without error feedback, it is worse than the same number of planes everywhere.)
 * ``residual`` (the paper's, with equal importances): sum of e_l f(p_l), e_l the norm of the residual that successive
   planes leave, p_l the matrix's share of the weights, f(p) = log(1 / p) / p. Needs no data. f favours small matrices
   strongly, which is why ``max_planes`` is needed.
@@ -17,10 +18,11 @@ import math
 
 import torch
 
-from mbdist.convert.joint import joint
+from mbdist.convert.calibrated import OutputMetric, choose_signs, levels_in_metric
 from mbdist.convert.moments import LayerMoments
 from mbdist.convert.svid import successive_residuals
 from mbdist.errors import UserError
+from mbdist_kernels import dequantize
 
 _SAMPLED_ROWS = 256  # rows that an error is estimated on
 SCALE_BITS = 32  # fp32
@@ -35,14 +37,20 @@ def plane_bits(shape: tuple[int, int]) -> int:
 def second_order_errors(
     weight: torch.Tensor,  # (m, n)
     moments: LayerMoments,
+    metric: OutputMetric,
     max_planes: int,
 ) -> list[float]:
-    """Estimated change of the loss with 1 .. max_planes planes, up to a factor that all matrices share."""
+    """Estimated change of the loss with 1 .. max_planes calibrated planes, up to a factor that all matrices share."""
     m = weight.shape[0]
     rows = torch.arange(0, m, max(1, m // _SAMPLED_ROWS))
-    sampled = weight[rows].float() * moments.output_squares[rows].sqrt()[:, None] * moments.input_squares.sqrt()
-    energy = sampled.square().sum().item() * m / len(rows)
-    return [joint(sampled, planes).relative_error(sampled) * energy for planes in range(1, max_planes + 1)]
+    sampled, squares = weight[rows].float(), moments.output_squares[rows]
+    errors = []
+    for num_planes in range(1, max_planes + 1):
+        found = levels_in_metric(sampled, num_planes, moments.input_squares, squares)
+        planes, scale_out = choose_signs(sampled, found.scale_out, found.scale_in, metric)
+        error = sampled - dequantize(planes, scale_out, found.scale_in)
+        errors.append(((error @ metric.hessian * error).sum(1) @ squares).item() * m / len(rows))
+    return errors
 
 
 def residual_errors(

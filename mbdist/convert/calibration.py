@@ -11,12 +11,15 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 
 from mbdist.convert.aside import Batches
 from mbdist.convert.blocks import ModelBlocks, computing_in
 from mbdist.model.layers import linear_shape
+
+_Name = TypeVar("_Name")
 
 
 @dataclass
@@ -35,6 +38,14 @@ class BlockCalibration:
     def outputs(self) -> Sequence[torch.Tensor]:
         """What the block makes of ``inputs``, computed once: to be asked for when it is converted, not before."""
         return self.run()
+
+
+def sharing_inputs(grams: dict[_Name, torch.Tensor]) -> list[list[_Name]]:
+    """Names of layers, those together that were called with the same inputs: they have one X^T X."""
+    sharing: dict[int, list[_Name]] = {}
+    for name, gram in grams.items():
+        sharing.setdefault(id(gram), []).append(name)
+    return list(sharing.values())
 
 
 class BlockWalk:

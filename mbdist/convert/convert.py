@@ -24,7 +24,8 @@ from mbdist.config.model import ModelConfig
 from mbdist.convert.allocation import allocate, plane_bits, residual_errors, second_order_errors, spare_bits
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, layers_by_block
-from mbdist.convert.calibration import BlockCalibration, BlockWalk
+from mbdist.convert.calibrated import OutputMetric
+from mbdist.convert.calibration import BlockCalibration, BlockWalk, sharing_inputs
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, Spread, in_turn
 from mbdist.convert.joint import ordered_by_scale
 from mbdist.convert.moments import LayerMoments, squared_moments
@@ -137,12 +138,12 @@ class Conversion:
             left = [name for number, shard in enumerate(self.shards) if not folder.has(number) for name in shard.layers]
             if self._weights is None and not all(map(folder.has, range(len(self.shards)))):
                 self._weights = _rewritten(self.source, folder.scratch / "float")
-            moments: dict[str, LayerMoments] = {}
+            blocks, moments = None, {}
             if self.config.needs_calibration and left:
                 aside = Aside(folder.scratch)
                 blocks = ModelBlocks(self.model, self.layers, batches, self.dtype, aside, self._hold, self.between)
                 moments = squared_moments(blocks, _SQUARED_BATCHES)
-            planes = folder.remembered("planes", partial(self._choose_planes, moments))
+            planes = folder.remembered("planes", partial(self._choose_planes, blocks, moments))
             if self.config.init != "calibrated":
                 matrices = [Matrix(partial(self._weight, name), planes[name]) for name in left]
                 initialized = INITIALIZATIONS[self.config.init](matrices, self.spread)
@@ -208,7 +209,7 @@ class Conversion:
     def _hold(self, parts: list[str]) -> AbstractContextManager:
         return self._weights.filled(self.model, parts, linear_dtype=self.dtype)
 
-    def _choose_planes(self, moments: dict[str, LayerMoments]) -> dict[str, int]:
+    def _choose_planes(self, blocks: ModelBlocks | None, moments: dict[str, LayerMoments]) -> dict[str, int]:
         """Planes by layer: the same for all, or by allocation where a budget of bits is given."""
         config = self.config
         if config.bits is None:
@@ -216,12 +217,27 @@ class Conversion:
         shapes = self.shapes
         second_order = config.allocation == "second_order"
         if second_order:
-            jobs = ((self._weight(name), moments[name], config.max_planes) for name in self.layers)
+            errors = self._second_order_errors(blocks, moments)
         else:
             weights = sum(m * n for m, n in shapes.values())
             jobs = ((self._weight(name), m * n / weights, config.max_planes) for name, (m, n) in shapes.items())
-        errors = self.spread(second_order_errors if second_order else residual_errors, jobs)
-        return allocate(dict(zip(shapes, errors, strict=True)), shapes, config.bits, per_bit=second_order)
+            errors = dict(zip(shapes, self.spread(residual_errors, jobs), strict=True))
+        return allocate(errors, shapes, config.bits, per_bit=second_order)
+
+    def _second_order_errors(self, blocks: ModelBlocks, moments: dict[str, LayerMoments]) -> dict[str, list[float]]:
+        """By layer. A walk of its own through the float model: errors under X^T X are compared over all blocks before
+        the first is converted."""
+        errors: dict[str, list[float]] = {}
+        for block in BlockWalk(blocks):
+            for names in sharing_inputs(block.grams):
+                for name in names:
+                    gram = block.grams.pop(name)  # the same for all of them
+                (metric,) = self.spread(OutputMetric.of, [(gram,)])
+                jobs = ((self._weight(name), moments[name], metric, self.config.max_planes) for name in names)
+                errors |= zip(names, self.spread(second_order_errors, jobs), strict=True)
+                del gram, metric
+                give_back()
+        return errors
 
     def _key(self, batches: list[torch.Tensor]) -> dict[str, object]:
         """What the output depends on."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mbdist.convert.calibrated import OutputMetric, choose_signs, levels_in_metric
+from mbdist.convert.calibration import sharing_inputs
 from mbdist.convert.joint import joint, ordered_by_scale
 from mbdist.convert.moments import LayerMoments
 from mbdist.convert.planes import PlaneSet
@@ -54,12 +55,9 @@ def _calibrated(matrices: Sequence[Matrix], spread: Spread) -> Iterator[PlaneSet
         (each.read(), each.num_planes, each.moments.input_squares, each.moments.output_squares) for each in matrices
     )
     found = list(spread(levels_in_metric, whole))
-    # Layers with the same inputs share one X^T X, and so one metric.
-    sharing: dict[int, list[int]] = {}
-    for number, each in enumerate(matrices):
-        sharing.setdefault(id(each.moments.gram), []).append(number)
-    metrics = spread(OutputMetric.of, (_taken_gram(matrices, numbers) for numbers in sharing.values()))
-    for numbers in sharing.values():
+    sharing = sharing_inputs({number: each.moments.gram for number, each in enumerate(matrices)})
+    metrics = spread(OutputMetric.of, (_taken_gram(matrices, numbers) for numbers in sharing))
+    for numbers in sharing:
         metric = next(metrics)  # not by zip, which would keep the one before meanwhile
         jobs = _by_rows([(matrices[number], found[number]) for number in numbers], metric)
         places = [(found[number], rows) for number in numbers for rows in row_chunks(_shape(found[number]))]

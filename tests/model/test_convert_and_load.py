@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 from mbdist.config.convert import ConvertConfig, ReconstructionConfig
 from mbdist.config.model import ModelConfig
 from mbdist.convert import bits_per_weight as bits_per_weight_of
-from mbdist.convert.allocation import allocate, plane_bits
+from mbdist.convert.allocation import allocate, plane_bits, second_order_errors
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, block_names
+from mbdist.convert.calibrated import OutputMetric
 from mbdist.convert.calibration import BlockWalk
+from mbdist.convert.convert import layer_from
 from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
 from mbdist.convert.joint import joint, sweep
 from mbdist.convert.moments import LayerMoments, squared_moments
@@ -359,6 +361,19 @@ def test_allocation_spends_the_budget_where_it_does_most():
         allocate(errors, shapes, 1.0, per_bit=True)
     with pytest.raises(UserError, match="raise max_planes"):
         allocate(errors, shapes, 7.0, per_bit=True)
+
+
+def test_second_order_errors_are_those_of_the_calibrated_planes():
+    weight, inputs = torch.randn(64, 96), torch.randn(400, 96) @ torch.randn(96, 96)
+    moments = LayerMoments(inputs.square().sum(0), torch.rand(64) + 0.1)
+    errors = second_order_errors(weight, moments, OutputMetric.of(inputs.T @ inputs), 3)
+    for planes, error in enumerate(errors, start=1):
+        moments.gram = inputs.T @ inputs
+        (found,) = INITIALIZATIONS["calibrated"]([Matrix(lambda: weight, planes, moments)], in_turn)
+        difference = weight - layer_from(found, None).dense_weight()
+        expected = ((inputs @ difference.T).square().sum(0) @ moments.output_squares).item()
+        assert error == pytest.approx(expected, rel=0.05)  # 1 % of damping in the metric
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
 @pytest.mark.parametrize("rule", ["second_order", "residual"])
