@@ -2,10 +2,11 @@
 
 Both rules start from one plane a matrix and keep giving a plane to the matrix where that lowers the objective most:
 
-* ``second_order`` (ours): sum over matrices of tr(D_out E X^T X E^T), the factored second-order estimate of what the
-  error E of the calibrated planes does to the loss; D_out are the second moments of the output gradients. Gains count
-  per bit, because a plane of a large matrix spends more of the budget. (With the second moments of the inputs alone for
-  X^T X, and so without error feedback, it is worse than the same number of planes everywhere.)
+* ``second_order`` (ours): sum over matrices of the square of tr(D_out E X^T X E^T), the factored second-order estimate
+  of what the error E of the calibrated planes does to the loss; D_out are the second moments of the output gradients.
+  Squared, because large errors cost more than their second order says. Gains count per bit, because a plane of a large
+  matrix spends more of the budget. (With the second moments of the inputs alone for X^T X, and so without error
+  feedback, it is worse than the same number of planes everywhere.)
 * ``residual`` (the paper's, with equal importances): sum of e_l f(p_l), e_l the norm of the residual that successive
   planes leave, p_l the matrix's share of the weights, f(p) = log(1 / p) / p. Needs no data. f favours small matrices
   strongly, which is why ``max_planes`` is needed.
