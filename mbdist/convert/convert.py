@@ -225,8 +225,7 @@ class Conversion:
         return allocate(errors, shapes, config.bits, per_bit=second_order)
 
     def _second_order_errors(self, blocks: ModelBlocks, moments: dict[str, LayerMoments]) -> dict[str, list[float]]:
-        """By layer, squared. A walk of its own through the float model: errors under X^T X are compared over all blocks before
-        the first is converted."""
+        """By layer, squared. A walk of its own through the float model: blocks are compared before one is converted."""
         errors: dict[str, list[float]] = {}
         for block in BlockWalk(blocks):
             for names in sharing_inputs(block.grams):
