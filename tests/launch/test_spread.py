@@ -53,7 +53,7 @@ def test_matrices_and_rows_on_ray_workers_give_the_same_bits(init, two_workers):
 def test_convert_with_workers_writes_the_same_model(tmp_path, llama_folder):
     hashes = set()
     for name, extra in (("one", []), ("two", ["--workers", "2"])):
-        command = ["mbdist", "convert", llama_folder, tmp_path / name, "--python-docs"]
+        command = ["mbdist", "convert", llama_folder, tmp_path / name, "--python-docs", "--bits", "4.5"]
         subprocess.run([*command, "--window", "32", "--calibration-tokens", "512", *extra], check=True, timeout=300)
         hashes.add(hash_planes(load_model(ModelConfig(path=str(tmp_path / name)))))
     assert len(hashes) == 1
