@@ -23,10 +23,12 @@ def convert(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     planes: Annotated[int | None, typer.Option(min=1, max=8, help="K: sign planes of every matrix (2).")] = None,
     bits: Annotated[float | None, typer.Option(help="Average bits a weight with scales, instead of --planes.")] = None,
-    max_planes: Annotated[int, typer.Option(min=1, max=8, help="With --bits: most planes of a matrix.")] = 4,
+    max_planes: Annotated[int, typer.Option(min=1, max=8, help="With --bits: most planes of a matrix.")] = (
+        _DEFAULTS.max_planes
+    ),
     allocation: Annotated[
         str, typer.Option(help="With --bits: second_order (needs text) or residual.")
-    ] = "second_order",
+    ] = _DEFAULTS.allocation,
     init: Annotated[str, typer.Option(help="How planes are found: calibrated, joint or svid.")] = _DEFAULTS.init,
     include: Annotated[list[str] | None, typer.Option(help="Layers to convert, shell pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave float; repeatable.")] = None,
@@ -74,14 +76,12 @@ def convert(
         reconstruction=ReconstructionConfig(steps=reconstruction_steps),
     )
     if settings.needs_calibration != (bool(text) != python_docs):
-        what, instead = "--bits with --allocation second_order", " (--allocation residual takes none)"
+        if not settings.needs_calibration:
+            raise UserError(f"--text and --python-docs are for calibration; --init {init} takes none here")
+        what, instead = "--bits with --allocation second_order", "--allocation residual takes none"
         if init == "calibrated":
-            what, instead = "--init calibrated", " (--init joint takes none, for a start that is worse by far)"
-        raise UserError(
-            f"{what} takes text to calibrate on: name it with --text FILE, or --python-docs{instead}"
-            if settings.needs_calibration
-            else f"--text and --python-docs are for calibration; --init {init} takes none here"
-        )
+            what, instead = "--init calibrated", "--init joint takes none, for a start that is worse by far"
+        raise UserError(f"{what} takes text to calibrate on: name it with --text FILE, or --python-docs ({instead})")
     data = None
     if settings.needs_calibration:
         data = DataConfig(train=text_source(text), window=window)
