@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from mbdist.config.section import Section
 
+SignalRule = Literal["curvature", "evidence", "rms", "raw"]
 _PlaneNumber = Annotated[int, Field(ge=0)]
 
 
@@ -20,7 +21,7 @@ class BooleanOptimizerConfig(Section):
     itself, with an accumulator of its own. `alternating`: one plane after the other."""
     alternate_every: PositiveInt = 10
     """With `alternating`: steps before it is the next plane's turn."""
-    signal: Literal["curvature", "evidence", "rms", "raw"] = "evidence"
+    signal: SignalRule = "evidence"
     """`evidence`: q summed over the last 64 micro-batches of all workers (since the bit flipped, older ones fade), in
     standard errors of that sum; the threshold is 1 / step_size of them (5), so that noise alone does not fill the
     accumulators, however long the run. `curvature`: q / (s^2 h), so the threshold is where a flip pays to second order;

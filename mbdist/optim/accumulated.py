@@ -12,10 +12,9 @@ from mbdist.comm.codecs import Segments
 from mbdist.comm.partition import WordPartition
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist_kernels import ACCUMULATOR_FORMATS, WORD_BITS, AccumulatorFormat, accumulated_values
+from mbdist_kernels import ACCUMULATOR_FORMATS, WORD_BITS, AccumulatorFormat
 
 _NONE = torch.empty(0, dtype=torch.int64)
-HISTOGRAM_BINS = 128  # of |v|, a threshold
 _RECENT_STEPS = 16  # a bit that flips again within so many steps counts as flipped back
 
 
@@ -58,15 +57,6 @@ class Accumulated:
         back = int(torch.isin(elements, torch.cat(list(self.recent))).sum()) if self.recent else 0
         self.recent.append(elements)
         return back
-
-    def histogram(self, accumulator: torch.Tensor) -> torch.Tensor:
-        """Counts of |v| by bins, the last of which holds all from two thresholds on; then of those at the bound. Of the
-        accumulator's owned part, (2 HISTOGRAM_BINS + 1,) int64."""
-        size = accumulated_values(accumulator[: self.entries_owned]).float().abs()
-        bins = (size * (HISTOGRAM_BINS / self.format.threshold)).long().clamp_max(2 * HISTOGRAM_BINS - 1)
-        counts = torch.bincount(bins, minlength=2 * HISTOGRAM_BINS + 1)
-        counts[-1] = (size >= self.format.bound).sum()
-        return counts
 
     def state_pieces(self) -> list[Piece]:
         """The accumulator, and what flipped lately as rows of (element, age), in coordinates of the whole matrix."""

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 
@@ -37,9 +36,10 @@ from mbdist.config.comm import CommConfig
 from mbdist.config.optimizers import BooleanOptimizerConfig
 from mbdist.errors import UserError
 from mbdist.model.linear import MultiBooleanLinear
-from mbdist.optim.accumulated import HISTOGRAM_BINS, Accumulated, plane_name, plane_sets
+from mbdist.optim.accumulated import Accumulated, plane_name, plane_sets
 from mbdist.optim.curvature import Curvature
 from mbdist.optim.flip_cap import within_caps
+from mbdist.optim.flip_report import FlipReport, histogram, predicted_change, quantiles
 from mbdist.optim.integration import Integration, integration
 from mbdist.optim.moves import Candidates, bit_moves, level_moves
 from mbdist.optim.offload import HostMemory
@@ -61,20 +61,6 @@ from mbdist_kernels import (
 # Contribution numbers that no micro-batch has, for random bits of other uses.
 _LOTTERY = 1 << 32
 _CODEC = 1 << 33
-
-
-@dataclass
-class FlipReport:
-    """What a step did, by name of the accumulator; counts are sums over ranks."""
-
-    flips: dict[str, int] = field(default_factory=dict)  # weights that moved
-    flipped_back: dict[str, int] = field(default_factory=dict)  # of them, those that had moved in the last 16 steps
-    candidates: dict[str, int] = field(default_factory=dict)  # weights whose accumulator had reached the threshold
-    predicted: dict[str, float] = field(default_factory=dict)  # of a probed step: second-order change of the loss
-    cap_rate: float = 0.0
-
-    def total(self) -> int:
-        return sum(self.flips.values())
 
 
 def adapted(step_size: float, crowding: float, most: float) -> float:
@@ -349,22 +335,13 @@ class BooleanOptimizer:
         return integration(self.config, steps, turn, contributions)
 
     def _predict(self, training: list[Accumulated], chosen: list[Candidates], report: FlipReport) -> None:
-        """What this step's signal says of the chosen moves: a move by u (in units of 2 |s|) changes the loss by
-        2 q u + 2 s^2 h u^2, q = G s. Interactions between moves are what it leaves out."""
-        changes = torch.zeros(len(chosen), dtype=torch.float64, device=chosen[0].elements.device)
-        for i, (entry, moves) in enumerate(zip(training, chosen, strict=True)):
-            if entry.probe is None or entry.scales is None or not len(moves.elements):
-                continue
-            plane = self._trained_plane(entry)
-            rows, columns = self.curvature.cost_of_a_flip(entry.matrix, *(scale[plane] for scale in entry.scales))
-            width = words_per_row(entry.layer.in_features) * WORD_BITS
-            positions = moves.elements.long()
-            signal = entry.probe[positions] / self._eta(entry)
-            positions = positions + entry.first_element
-            cost = rows[positions // width] * columns[positions % width]
-            q = signal * self.curvature.unit(cost, self.config.signal)
-            changes[i] = (2 * q * moves.steps + 2 * cost * moves.steps.square()).double().sum()
-        totals = self.communicator.all_reduce_sum(changes, "flip_counts").tolist()
+        changes = [
+            predicted_change(
+                entry, moves, self._trained_plane(entry), self._eta(entry), self.curvature, self.config.signal
+            )
+            for entry, moves in zip(training, chosen, strict=True)
+        ]
+        totals = self.communicator.all_reduce_sum(torch.stack(changes), "flip_counts").tolist()
         report.predicted = {entry.name: total for entry, total in zip(training, totals, strict=True)}
 
     def _candidates(self, entry: Accumulated) -> Candidates:
@@ -418,16 +395,11 @@ class BooleanOptimizer:
             "flip_bookkeeping": sum(tensor.nbytes for tensor in kept),
         }
 
-    def accumulator_quantiles(self, of: tuple[float, ...] = (0.5, 0.9, 0.99)) -> dict[str, list[float]]:
+    def accumulator_quantiles(self) -> dict[str, list[float]]:
         """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of all ranks' parts; all ranks call."""
-        counts = torch.stack([entry.histogram(self._on_device(entry)) for entry in self.accumulated])
-        counts = self.communicator.all_reduce_sum(counts, "statistics").double()
-        shares = counts / counts[:, :-1].sum(1, keepdim=True)
-        below = shares[:, :-1].cumsum(1)
-        return {
-            entry.name: [*((below[i] < q).sum().item() / HISTOGRAM_BINS for q in of), shares[i, -1].item()]
-            for i, entry in enumerate(self.accumulated)
-        }
+        counts = torch.stack([histogram(entry, self._on_device(entry)) for entry in self.accumulated])
+        counts = self.communicator.all_reduce_sum(counts, "accumulator_quantiles")
+        return {entry.name: quantiles(of_entry) for entry, of_entry in zip(self.accumulated, counts, strict=True)}
 
     def state_pieces(self) -> list[Piece]:
         """What this rank alone has: its parts of accumulators and planes, in coordinates of the whole matrices."""

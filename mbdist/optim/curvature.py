@@ -8,9 +8,9 @@ two vectors.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+
+from mbdist.config.optimizers import SignalRule
 
 _FLOOR = 1e-3  # of the mean: rows without gradient and scales near 0 must not blow the ratio up
 
@@ -71,7 +71,7 @@ class Curvature:
         index: int,
         scale_out: torch.Tensor,  # (m,) of the plane that gives the unit
         scale_in: torch.Tensor,  # (n,)
-        signal: Literal["curvature", "evidence", "rms", "raw"],
+        signal: SignalRule,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(row_factor (m,), column_factor (n,)) with G * outer = q / (s^2 h), q / (s sqrt(h / T)) (``evidence`` and
         ``rms``) or q.
@@ -97,7 +97,7 @@ class Curvature:
         rows, columns = map(_floored, self.of(index))
         return _floored(scale_out).square() * rows, _floored(scale_in).square() * columns
 
-    def unit(self, cost: torch.Tensor, signal: Literal["curvature", "evidence", "rms", "raw"]) -> torch.Tensor | float:
+    def unit(self, cost: torch.Tensor, signal: SignalRule) -> torch.Tensor | float:
         """What a signal of 1 says of q, where a flip costs ``cost`` = s^2 h: the inverse of ``factors``."""
         if signal == "raw":
             return 1.0

@@ -358,8 +358,9 @@ class Trainer:
     def _log_step(self, step: int, report: FlipReport | None, losses: torch.Tensor, seconds: float) -> None:
         loss, kl, cross_entropy, _ = losses.tolist()
         tokens = self.config.tokens_per_step
-        sent, received = self.take_bytes()
         every = self.config.train.check_planes_every
+        accumulators = self.boolean.accumulator_quantiles() if every and (step + 1) % every == 0 else {}
+        sent, received = self.take_bytes()
         self.metrics.write(
             "step",
             step=step + 1,
@@ -372,7 +373,7 @@ class Trainer:
             flips=report.flips if report else {},
             flipped_back=report.flipped_back if report else {},
             flip_candidates=report.candidates if report else {},
-            accumulators=self.boolean.accumulator_quantiles() if every and (step + 1) % every == 0 else {},
+            accumulators=accumulators,
             learning_rate=self.learning_rate,
             gradient_norm=self.engine.gradient_norm,
             tokens_per_s=tokens / seconds,
