@@ -41,7 +41,8 @@ def second_order_errors(
     metric: OutputMetric,
     max_planes: int,
 ) -> list[float]:
-    """Estimated change of the loss with 1 .. max_planes calibrated planes, up to a factor that all matrices share."""
+    """The square of the estimated change of the loss with 1 .. max_planes calibrated planes, up to a factor that all
+    matrices share."""
     m = weight.shape[0]
     rows = torch.arange(0, m, max(1, m // _SAMPLED_ROWS))
     sampled, squares = weight[rows].float(), moments.output_squares[rows]
@@ -50,7 +51,8 @@ def second_order_errors(
         found = levels_in_metric(sampled, num_planes, moments.input_squares, squares)
         planes, scale_out = choose_signs(sampled, found.scale_out, found.scale_in, metric)
         error = sampled - dequantize(planes, scale_out, found.scale_in)
-        errors.append(((error @ metric.hessian * error).sum(1) @ squares).item() * m / len(rows))
+        change = ((error @ metric.hessian * error).sum(1) @ squares).item() * m / len(rows)
+        errors.append(change**2)
     return errors
 
 

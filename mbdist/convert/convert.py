@@ -225,7 +225,7 @@ class Conversion:
         return allocate(errors, shapes, config.bits, per_bit=second_order)
 
     def _second_order_errors(self, blocks: ModelBlocks, moments: dict[str, LayerMoments]) -> dict[str, list[float]]:
-        """By layer, squared. A walk of its own through the float model: blocks are compared before one is converted."""
+        """By layer. A walk of its own through the float model: blocks are compared before one is converted."""
         errors: dict[str, list[float]] = {}
         for block in BlockWalk(blocks):
             for names in sharing_inputs(block.grams):
@@ -233,8 +233,7 @@ class Conversion:
                     gram = block.grams.pop(name)  # the same for all of them
                 (metric,) = self.spread(OutputMetric.of, [(gram,)])
                 jobs = ((self._weight(name), moments[name], metric, self.config.max_planes) for name in names)
-                for name, found in zip(names, self.spread(second_order_errors, jobs), strict=True):
-                    errors[name] = [error**2 for error in found]
+                errors |= zip(names, self.spread(second_order_errors, jobs), strict=True)
                 del gram, metric
                 give_back()
         return errors

@@ -366,14 +366,15 @@ def test_allocation_spends_the_budget_where_it_does_most():
 def test_second_order_errors_are_those_of_the_calibrated_planes():
     weight, inputs = torch.randn(64, 96), torch.randn(400, 96) @ torch.randn(96, 96)
     moments = LayerMoments(inputs.square().sum(0), torch.rand(64) + 0.1)
-    errors = second_order_errors(weight, moments, OutputMetric.of(inputs.T @ inputs), 3)
+    metric = OutputMetric.of(inputs.T @ inputs)
+    errors = second_order_errors(weight, moments, metric, 3)
     for planes, error in enumerate(errors, start=1):
         moments.gram = inputs.T @ inputs
         (found,) = INITIALIZATIONS["calibrated"]([Matrix(lambda: weight, planes, moments)], in_turn)
         difference = weight - layer_from(found, None).dense_weight()
-        expected = ((inputs @ difference.T).square().sum(0) @ moments.output_squares).item()
-        assert error == pytest.approx(expected, rel=0.05)  # 1 % of damping in the metric
-    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+        expected = (difference @ metric.hessian * difference).sum(1) @ moments.output_squares
+        assert error == pytest.approx(expected.square().item(), rel=1e-3)
+    assert errors[0] > 4 * errors[1] > 16 * errors[2]
 
 
 @pytest.mark.parametrize("rule", ["second_order", "residual"])
