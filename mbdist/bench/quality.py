@@ -61,7 +61,7 @@ class Row:
 
 
 _STEPS = {"steps", "sequences_per_step", "micro_batch", "max_grad_norm", "precision"}  # of `train`, what decides a row
-_ABLATION_WINDOWS = 128  # of the evaluation text, where rows are compared with each other alone
+_SOME_WINDOWS, _FEW_WINDOWS = 128, 64  # of the evaluation text, where rows are compared with each other alone
 _TEN_BLOCKS = ["*.[0-9].*"]  # of a model's blocks, whatever it calls them
 _NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
 
@@ -104,7 +104,6 @@ def _architecture_rows(config: RunConfig) -> Iterator[Row]:
     yield row("other architecture", "reconstructed", measure_run, _NO_FINETUNING)
     yield row("other architecture, finetuned", "float", measure_finetuned_float, _longer(config))
     yield row("other architecture, finetuned", "scales and bits", measure_run, {})
-    yield row("other architecture, finetuned", "scales only", measure_run, _scales_only(config))
 
 
 def _start_rows(_config: RunConfig) -> Iterator[Row]:
@@ -162,7 +161,7 @@ def _adapted_rows(config: RunConfig) -> Iterator[Row]:
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:
     """What conversion can do otherwise, one setting at a time."""
-    part = {"data.max_eval_windows": _ABLATION_WINDOWS, **_NO_FINETUNING}
+    part = {"data.max_eval_windows": _SOME_WINDOWS, **_NO_FINETUNING}
     few_blocks = {"convert.include": _TEN_BLOCKS, **part}
 
     def row(name: str, changes: dict) -> Row:
@@ -176,20 +175,16 @@ def _conversion_rows(config: RunConfig) -> Iterator[Row]:
     yield reconstruction("scales only", step_size=0.0)
     for planes in ("last", "all"):
         yield reconstruction(f"planes {planes}", planes=planes)
-    for factor in (1 / 3, 3):
-        rate = config.convert.reconstruction.max_flip_rate * factor
-        yield reconstruction(f"cap {rate:.2g}", max_flip_rate=rate)
-        step_size = config.convert.reconstruction.step_size * factor
-        yield reconstruction(f"step size {step_size:.2g}", step_size=step_size)
+    configured = config.convert.reconstruction
+    for setting, name in (("max_flip_rate", "cap"), ("step_size", "step size")):
+        thrice = getattr(configured, setting) * 3
+        yield reconstruction(f"{name} {thrice:.2g}", **{setting: thrice})
     for accumulator in ("int4", "fp32"):
         yield reconstruction(f"accumulator {accumulator}", accumulator=accumulator)
     yield row("not reconstructed", _NOT_RECONSTRUCTED)
     yield row("not reconstructed, block after block", {"convert.sequential": True, **_NOT_RECONSTRUCTED})
     for tokens in (8192, 131072):
-        calibration = {"convert.calibration_tokens": tokens}
-        yield row(f"not reconstructed, {tokens} tokens", {**calibration, **_NOT_RECONSTRUCTED})
-        steps = {"convert.reconstruction.steps": config.convert.reconstruction.steps * 2} if tokens > 32768 else {}
-        yield row(f"reconstruction on {tokens} tokens", {**calibration, **steps})
+        yield row(f"not reconstructed, {tokens} tokens", {"convert.calibration_tokens": tokens, **_NOT_RECONSTRUCTED})
 
 
 def _ablation_rows(config: RunConfig) -> Iterator[Row]:
@@ -199,7 +194,7 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
     short = {
         "train.steps": steps,
         "convert.reconstruction.steps": blocks,
-        "data.max_eval_windows": _ABLATION_WINDOWS,
+        "data.max_eval_windows": _FEW_WINDOWS,
         **_half_steps(config),
     }
     longer = {"train.steps": steps + 2 * blocks}
@@ -228,12 +223,12 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
 
 def _allocation_rows(_config: RunConfig) -> Iterator[Row]:
     """A budget of bits spread over the matrices, beside the same number of planes for all of them."""
-    part = {"data.max_eval_windows": _ABLATION_WINDOWS, **_NOT_RECONSTRUCTED, **_NO_FINETUNING}
+    part = {"data.max_eval_windows": _SOME_WINDOWS, **_NOT_RECONSTRUCTED, **_NO_FINETUNING}
     yield Row("allocation", "float", measure_float, part)
     for planes in (2, 3):
         yield Row("allocation", "the same for all", measure_run, {"convert.planes": planes, **part})
     like_two, like_three = 2.1841, 3.2761  # bits of so many planes with their scales, of the configured model
-    budgets = {"second_order": (2.0, like_two, 2.5, 3.0, like_three), "residual": (like_two, 2.5, like_three)}
+    budgets = {"second_order": (2.0, like_two, 2.5, 3.0, like_three), "residual": (like_two,)}
     for rule, some in budgets.items():
         for bits in some:
             changes = {"convert.bits": bits, "convert.allocation": rule, **part}
