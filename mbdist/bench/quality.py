@@ -2,13 +2,14 @@
 
 Every row is one measurement in a process of its own: train and calibrate on one text, report on another. Rows land in
 the result file as they are done, with a key of the settings they depend on, so a run that was cut off goes on where it
-stopped, and a change of one setting repeats only the rows that it touches. Models and texts count by their paths, and
-what the code computes is not looked at: where these change, start a new file.
+stopped, and a change of a setting repeats only rows of the sections that it is in. Models and texts count by their
+paths, and what the code computes is not looked at: where these change, start a new file in a new ``run_dir``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -61,7 +62,9 @@ class Row:
 
 
 _STEPS = {"steps", "sequences_per_step", "micro_batch", "max_grad_norm", "precision"}  # of `train`, what decides a row
-_SOME_WINDOWS, _FEW_WINDOWS = 128, 64  # of the evaluation text, where rows are compared with each other alone
+# Windows of the evaluation text, where rows are compared with each other alone.
+_CONVERSION_WINDOWS = 128
+_ABLATION_WINDOWS = 64
 _TEN_BLOCKS = ["*.[0-9].*"]  # of a model's blocks, whatever it calls them
 _NOT_TRAINED = (measure_float, measure_round_to_nearest, measure_gptq)
 
@@ -161,7 +164,7 @@ def _adapted_rows(config: RunConfig) -> Iterator[Row]:
 
 def _conversion_rows(config: RunConfig) -> Iterator[Row]:
     """What conversion can do otherwise, one setting at a time."""
-    part = {"data.max_eval_windows": _SOME_WINDOWS, **_NO_FINETUNING}
+    part = {"data.max_eval_windows": _CONVERSION_WINDOWS, **_NO_FINETUNING}
     few_blocks = {"convert.include": _TEN_BLOCKS, **part}
 
     def row(name: str, changes: dict) -> Row:
@@ -194,7 +197,7 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
     short = {
         "train.steps": steps,
         "convert.reconstruction.steps": blocks,
-        "data.max_eval_windows": _FEW_WINDOWS,
+        "data.max_eval_windows": _ABLATION_WINDOWS,
         **_half_steps(config),
     }
     longer = {"train.steps": steps + 2 * blocks}
@@ -221,18 +224,29 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
     yield row("reconstructed, curvature, planes alternating", {**curvature, "boolean.planes": "alternating"})
 
 
-def _allocation_rows(_config: RunConfig) -> Iterator[Row]:
+def _allocation_rows(config: RunConfig) -> Iterator[Row]:
     """A budget of bits spread over the matrices, beside the same number of planes for all of them."""
-    part = {"data.max_eval_windows": _SOME_WINDOWS, **_NOT_RECONSTRUCTED, **_NO_FINETUNING}
+    like_two, like_three = (math.ceil(planes * _bits_of_a_plane(config) * 1e4) / 1e4 for planes in (2, 3))
+    part = {"data.max_eval_windows": _CONVERSION_WINDOWS, **_NOT_RECONSTRUCTED, **_NO_FINETUNING}
     yield Row("allocation", "float", measure_float, part)
     for planes in (2, 3):
         yield Row("allocation", "the same for all", measure_run, {"convert.planes": planes, **part})
-    like_two, like_three = 2.1841, 3.2761  # bits of so many planes with their scales, of the configured model
     budgets = {"second_order": (2.0, like_two, 2.5, 3.0, like_three), "residual": (like_two,)}
     for rule, some in budgets.items():
         for bits in some:
             changes = {"convert.bits": bits, "convert.allocation": rule, **part}
             yield Row("allocation", rule.replace("_", "-"), measure_run, changes)
+
+
+def _bits_of_a_plane(config: RunConfig) -> float:
+    """A weight, scales included, over all layers that are converted."""
+    from mbdist.convert.allocation import plane_bits
+    from mbdist.model.layers import convertible_layers, linear_shape
+    from mbdist.model.loading import empty_model
+
+    layers = convertible_layers(empty_model(config.model), config.convert.include, config.convert.exclude)
+    shapes = [linear_shape(layer) for layer in layers.values()]
+    return sum(map(plane_bits, shapes)) / sum(m * n for m, n in shapes)
 
 
 GROUPS: dict[str, Callable[[RunConfig], Iterator[Row]]] = {
@@ -283,5 +297,6 @@ def _name_references(rows: list[dict]) -> None:
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:
     """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
     changed = with_changes(config, changes)
-    start = digest_of([section.model_dump() for section in (changed.model, changed.convert, changed.data)])
+    data = changed.data.model_dump(exclude={"max_eval_windows", "cache_dir"})
+    start = digest_of([changed.model.model_dump(), changed.convert.model_dump(), data])
     return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})

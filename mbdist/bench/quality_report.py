@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mbdist.errors import UserError
 
-_COLUMNS = ("name", "planes", "bits", "tokens", "perplexity", "x float", "KL", "state, B/weight", "s/step")
+_COLUMNS = ("name", "planes", "bits", "tokens", "perplexity", "x float", "KL", "state, B/weight", "s/step", "type")
 
 
 def write_report(json_file: Path) -> None:
@@ -49,6 +49,7 @@ def _cells(row: dict) -> list[str]:
             "" if value is None else f"{value:,.2f}"
             for value in (ratio, row["kl"], row["state_bytes_per_weight"], row["step_s"])
         ),
+        row["compute_type"],
     ]
 
 
@@ -64,11 +65,13 @@ def draw(rows: list[dict], picture: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["group"] in ("start", "finetuned") and row["name"] != "float" and row.get("float_perplexity"):
+        drawn = row["group"] in ("start", "finetuned") or row["name"] == "second-order"
+        if drawn and row["name"] != "float" and row.get("float_perplexity"):
             label = f"{row['name']}, finetuned" if row["step_s"] else row["name"]
             curves.setdefault(label, []).append((row["bits"], row["perplexity"] / row["float_perplexity"]))
     for label, points in curves.items():
-        style = "-" if "calibrated" in label or "finetuned" in label else "--"
+        ours = label in ("calibrated", "reconstructed", "second-order") or "finetuned" in label
+        style = "-" if ours else "--"
         axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=4, label=label)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(yscale="log", xlabel="bits a weight, scales included", ylabel="perplexity / float model's")

@@ -21,8 +21,12 @@ _DEFAULTS = ConvertConfig()
 def convert(
     model: ModelPath,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
-    planes: Annotated[int | None, typer.Option(min=1, max=8, help="K: sign planes of every matrix (2).")] = None,
-    bits: Annotated[float | None, typer.Option(help="Average bits a weight with scales, instead of --planes.")] = None,
+    planes: Annotated[
+        int | None, typer.Option(min=1, max=8, help=f"K: sign planes of every matrix ({_DEFAULTS.planes}).")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(min=1, help="Average bits a weight with scales, instead of --planes.")
+    ] = None,
     max_planes: Annotated[int, typer.Option(min=1, max=8, help="With --bits: most planes of a matrix.")] = (
         _DEFAULTS.max_planes
     ),
@@ -62,9 +66,11 @@ def convert(
     check_choice("--allocation", allocation, ("second_order", "residual"))
     if planes is not None and bits is not None:
         raise UserError("--planes and --bits exclude each other: name one")
+    if text and python_docs:
+        raise UserError("--text and --python-docs exclude each other: name one")
     source = ModelConfig(path=model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     settings = ConvertConfig(
-        planes=planes or 2,
+        planes=planes or _DEFAULTS.planes,
         bits=bits,
         max_planes=max_planes,
         allocation=allocation,

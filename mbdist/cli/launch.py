@@ -150,7 +150,8 @@ def stop(job: JobId, address: Address) -> None:
 
 def print_summary(summary: dict, run_dir: str) -> None:
     """The end of a run, for a reader."""
-    print(f"\n{summary['model']}: {summary['planes']} planes, {summary['bits_per_weight']} bits a weight")
+    planes = " or ".join(map(str, summary["planes"]))
+    print(f"\n{summary['model']}: {planes} planes, {summary['bits_per_weight']} bits a weight")
     for name, value in summary["perplexity"].items():
         print(f"  perplexity {name:>10}: {value:,.2f}")
     print("  planes reloaded in a new process: bit-identical")

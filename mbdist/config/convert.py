@@ -29,14 +29,15 @@ class ReconstructionConfig(Section):
 class ConvertConfig(Section):
     planes: Annotated[int, Field(ge=1, le=8)] = 2
     """K: sign planes of every matrix. Ignored where `model.path` is a multi-Boolean model already."""
-    bits: Annotated[float, Field(gt=0)] | None = None
+    bits: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """Budget of average bits a weight, scales included (2.5, say), instead of `planes`: every matrix gets the number of
     planes with which the budget does most."""
     max_planes: Annotated[int, Field(ge=1, le=8)] = 4
     """With `bits`: most planes that a matrix may get."""
     allocation: Literal["second_order", "residual"] = "second_order"
-    """With `bits`: what is minimised. `second_order`: the estimated change of the loss; needs text. `residual`: the
-    paper's objective on the norms of the residuals; needs none."""
+    """With `bits`: what is minimised. `second_order`: the squares of the estimated changes of the loss by the errors of
+    calibrated planes, whatever `init`; needs text. `residual`: the paper's objective on the norms of the residuals, all
+    layers alike in importance; needs none."""
     init: Literal["svid", "joint", "calibrated"] = "calibrated"
     """How planes are found. `svid`: one after the other (arXiv 2505.22811). `joint`: all together, in sweeps of nearest
     levels and least squares. `calibrated`: joint in the metric of the layers' inputs and output gradients, then error

@@ -6,7 +6,7 @@ Both rules start from one plane a matrix and keep giving a plane to the matrix w
   of what the error E of the calibrated planes does to the loss; D_out are the second moments of the output gradients.
   Squared, because large errors cost more than their second order says. Gains count per bit, because a plane of a large
   matrix spends more of the budget. (With the second moments of the inputs alone for X^T X, and so without error
-  feedback, it is worse than the same number of planes everywhere.)
+  feedback, it is worse at two planes' bits than two planes everywhere.)
 * ``residual`` (the paper's, with equal importances): sum of e_l f(p_l), e_l the norm of the residual that successive
   planes leave, p_l the matrix's share of the weights, f(p) = log(1 / p) / p. Needs no data. f favours small matrices
   strongly, which is why ``max_planes`` is needed.
@@ -35,24 +35,28 @@ def plane_bits(shape: tuple[int, int]) -> int:
     return m * n + SCALE_BITS * (m + n)
 
 
+def sampled(weight: torch.Tensor, moments: LayerMoments) -> tuple[torch.Tensor, LayerMoments]:
+    """Some rows (r, n) that stand for all of a matrix (m, n), and their moments. Evenly spread, but not by a whole
+    number: a stride that divides the size of a head would see the same few of its rows in all heads."""
+    m = weight.shape[0]
+    rows = torch.linspace(0, m - 1, min(m, _SAMPLED_ROWS), dtype=torch.float64).round().long()
+    return weight[rows].float(), LayerMoments(moments.input_squares, moments.output_squares[rows] * (m / len(rows)))
+
+
 def second_order_errors(
-    weight: torch.Tensor,  # (m, n)
+    weight: torch.Tensor,  # (r, n) fp32, as ``sampled``
     moments: LayerMoments,
     metric: OutputMetric,
     max_planes: int,
 ) -> list[float]:
     """The square of the estimated change of the loss with 1 .. max_planes calibrated planes, up to a factor that all
     matrices share."""
-    m = weight.shape[0]
-    rows = torch.arange(0, m, max(1, m // _SAMPLED_ROWS))
-    sampled, squares = weight[rows].float(), moments.output_squares[rows]
     errors = []
     for num_planes in range(1, max_planes + 1):
-        found = levels_in_metric(sampled, num_planes, moments.input_squares, squares)
-        planes, scale_out = choose_signs(sampled, found.scale_out, found.scale_in, metric)
-        error = sampled - dequantize(planes, scale_out, found.scale_in)
-        change = ((error @ metric.hessian * error).sum(1) @ squares).item() * m / len(rows)
-        errors.append(change**2)
+        found = levels_in_metric(weight, num_planes, moments.input_squares, moments.output_squares)
+        planes, scale_out = choose_signs(weight, found.scale_out, found.scale_in, metric)
+        error = weight - dequantize(planes, scale_out, found.scale_in)
+        errors.append(((error @ metric.hessian * error).sum(1) @ moments.output_squares).item() ** 2)
     return errors
 
 
@@ -72,7 +76,8 @@ def spare_bits(shapes: dict[str, tuple[int, int]], average_bits: float, max_plan
     least = sum(plane_bits(shape) for shape in shapes.values())
     bits, average = average_bits * weights, least / weights
     if bits < least:
-        raise UserError(f"{average_bits} bits a weight are too few: one plane each, with scales, takes {average:.3f}")
+        least_bits = f"one plane each, with scales, takes {average:.3f}"
+        raise UserError(f"{average_bits} bits a weight are too few: {least_bits}; raise bits to that")
     if bits > max_planes * least:
         most = f"max_planes={max_planes}, with scales, takes {max_planes * average:.3f}"
         raise UserError(f"{average_bits} bits a weight are too many: {most}; raise max_planes or lower bits")

@@ -90,6 +90,9 @@ class BlockWalk:
         if blocks.outside:
             grams = self._grams_of(blocks.outside, partial(self._run_around, self._streams(needed)[-1]))
             yield BlockCalibration(None, blocks.outside, grams)
+        for stream in self._streams(needed):
+            if needed:
+                stream.drop()
 
     def _streams(self, number: int) -> list[Batches]:
         """The states before a block that are followed: of the float model, of the converted one, or both."""

@@ -6,9 +6,10 @@ the same bits as if it had not been.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.dynamic_module_utils import custom_object_save
 import mbdist
 from mbdist.config.convert import ConvertConfig
 from mbdist.config.model import ModelConfig
-from mbdist.convert.allocation import allocate, plane_bits, residual_errors, second_order_errors, spare_bits
+from mbdist.convert.allocation import allocate, plane_bits, residual_errors, sampled, second_order_errors, spare_bits
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, layers_by_block
 from mbdist.convert.calibrated import OutputMetric
@@ -31,7 +32,7 @@ from mbdist.convert.joint import ordered_by_scale
 from mbdist.convert.moments import LayerMoments, squared_moments
 from mbdist.convert.partial_folder import PartialFolder, partial_folder_of
 from mbdist.convert.planes import PlaneSet
-from mbdist.convert.reconstruction import reconstruct
+from mbdist.convert.reconstruction import Reconstructed, reconstruct
 from mbdist.convert.shards import Shard, check_disk, cut_into_shards
 from mbdist.data.calibration import BATCH_TOKENS
 from mbdist.errors import UserError
@@ -56,7 +57,9 @@ class LayerReport:
     shape: tuple[int, int]  # (out_features, in_features)
     planes: int
     relative_error: float  # ||W - W_hat||^2 / ||W||^2
-    output_error: float | None = None  # ||Y - Y_hat||^2 / ||Y||^2 of its block's outputs, where they are reconstructed
+    # Where its block's outputs are reconstructed:
+    output_error: float | None = None  # ||Y - Y_hat||^2 / ||Y||^2 of them
+    moves_per_weight: float | None = None  # that its bits made in all steps
 
 
 def bits_per_weight(reports: Iterable[LayerReport]) -> float:
@@ -152,13 +155,13 @@ class Conversion:
                 walk = iter(BlockWalk(blocks, self.config.sequential, self.config.reconstructs, finished))
             for number, shard in enumerate(self.shards):
                 if not folder.has(number):
-                    found, output_error = {}, None
+                    found, reconstructed = {}, None
                     if shard.layers and self.config.init == "calibrated":
-                        found, output_error = self._calibrated(next(walk), planes, moments)
+                        found, reconstructed = self._calibrated(next(walk), planes, moments)
                     elif shard.layers:
                         found = {name: next(initialized) for name in shard.layers}
                     assert list(found) == shard.layers, "the walk is at another block"
-                    folder.write(number, *self._described(shard, found, output_error))
+                    folder.write(number, *self._described(shard, found, reconstructed))
                     del found
                     give_back()
                 for report in folder.reports(number):
@@ -167,8 +170,8 @@ class Conversion:
 
     def _calibrated(
         self, block: BlockCalibration, planes: dict[str, int], moments: dict[str, LayerMoments]
-    ) -> tuple[dict[str, PlaneSet], float | None]:
-        """Planes and scales of the layers of a block, and the error of its outputs where it is reconstructed."""
+    ) -> tuple[dict[str, PlaneSet], Reconstructed | None]:
+        """Planes and scales of the layers of a block, and what its reconstruction did if there is one."""
         matrices = []
         for name in block.layers:
             moments[name].gram = block.grams.pop(name)
@@ -176,21 +179,21 @@ class Conversion:
         found = dict(zip(block.layers, INITIALIZATIONS["calibrated"](matrices, self.spread), strict=True))
         if block.name is None or not (self.config.sequential or self.config.reconstructs):
             return found, None
-        output_error = None
+        reconstructed = None
         originals = {name: self.model.get_submodule(name) for name in block.layers}
         layers = {name: layer_from(found[name], original.bias) for name, original in originals.items()}
         for name, layer in layers.items():
             replace_module(self.model, name, layer)
         with self._hold([block.name]):
             if self.config.reconstructs:
-                output_error = reconstruct(layers, block, self.config.reconstruction, self.optimizer)
+                reconstructed = reconstruct(layers, block, self.config.reconstruction, self.optimizer)
             _ = block.outputs  # put aside before the shard is written: a conversion that is killed goes on from them
         for name, original in originals.items():
             replace_module(self.model, name, original)
-        return {name: ordered_by_scale(planes_of(layer)) for name, layer in layers.items()}, output_error
+        return {name: ordered_by_scale(planes_of(layer)) for name, layer in layers.items()}, reconstructed
 
     def _described(
-        self, shard: Shard, found: dict[str, PlaneSet], output_error: float | None
+        self, shard: Shard, found: dict[str, PlaneSet], reconstructed: Reconstructed | None
     ) -> tuple[dict[str, torch.Tensor], list[dict]]:
         """A shard's tensors and its layers' reports."""
         tensors, reports = self._weights.read(*shard.floats), []
@@ -198,7 +201,11 @@ class Conversion:
             tensors |= {f"{name}.plane_{k}": plane for k, plane in enumerate(of_layer.planes)}
             tensors |= {f"{name}.scale_out": of_layer.scale_out, f"{name}.scale_in": of_layer.scale_in}
             error = of_layer.relative_error(self._weight(name))
-            report = LayerReport(name, linear_shape(self.layers[name]), len(of_layer.planes), error, output_error)
+            shape = linear_shape(self.layers[name])
+            report = LayerReport(name, shape, len(of_layer.planes), error)
+            if reconstructed is not None:
+                moves = reconstructed.moves[name] / math.prod(shape)
+                report = replace(report, output_error=reconstructed.output_error, moves_per_weight=moves)
             reports.append(vars(report))
         return {name: tensor.contiguous() for name, tensor in tensors.items()}, reports
 
@@ -232,7 +239,8 @@ class Conversion:
                 for name in names:
                     gram = block.grams.pop(name)  # the same for all of them
                 (metric,) = self.spread(OutputMetric.of, [(gram,)])
-                jobs = ((self._weight(name), moments[name], metric, self.config.max_planes) for name in names)
+                some = (sampled(self._weight(name), moments[name]) for name in names)
+                jobs = ((*rows, metric, self.config.max_planes) for rows in some)
                 errors |= zip(names, self.spread(second_order_errors, jobs), strict=True)
                 del gram, metric
                 give_back()

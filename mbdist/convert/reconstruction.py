@@ -14,6 +14,9 @@ converted before it put out, and answers for their errors. Block reconstruction 
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
 import torch
 
 from mbdist.comm.communicator import Communicator
@@ -30,14 +33,21 @@ from mbdist.optim.schedule import warmup_cosine
 _VARIANCE_FLOOR = 1e-6  # of the target's power: a block that is exact already must not divide by zero
 
 
+@dataclass(frozen=True)
+class Reconstructed:
+    """What became of a block."""
+
+    output_error: float  # relative squared error of its outputs that is left, over all batches
+    moves: Counter[str]  # by layer: weights that moved, counted in every step
+
+
 def reconstruct(
     layers: dict[str, MultiBooleanLinear],  # of the block, by name
     block: BlockCalibration,
     config: ReconstructionConfig,
     optimizer: OptimizerOfBits = BooleanOptimizer,
-) -> float:
-    """``config.steps`` steps of one calibration batch each; changes the layers. Returns the relative squared error of
-    the block's outputs, over all batches, that is left."""
+) -> Reconstructed:
+    """``config.steps`` steps of one calibration batch each; changes the layers."""
     comm = Communicator(alone=True)  # conversion is rank 0's work: the others do not take part
     bits = optimizer(
         layers,
@@ -63,6 +73,7 @@ def reconstruct(
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     order = torch.Generator().manual_seed(0)
     numbers: list[int] = []
+    moves = Counter(dict.fromkeys(layers, 0))
     for step in range(config.steps):
         numbers = numbers or torch.randperm(len(block.inputs), generator=order).tolist()
         batch = numbers.pop()
@@ -70,7 +81,8 @@ def reconstruct(
         loss.backward(inputs=list(scales.values()))  # norms and biases stay as they are
         bits.finish_micro_batch()
         if bits.all_finite(loss):
-            bits.step()
+            for name, flips in bits.step().flips.items():
+                moves[name.partition(".plane_")[0]] += flips
             schedule = warmup_cosine(step, config.steps, 0.05)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * schedule
@@ -80,7 +92,7 @@ def reconstruct(
         adamw.zero_grad(set_to_none=True)
     for layer in layers.values():
         layer.signal_sink = None
-    return _relative_error(block)
+    return Reconstructed(_relative_error(block), moves)
 
 
 def _negative_log_likelihood(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

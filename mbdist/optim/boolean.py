@@ -299,6 +299,7 @@ class BooleanOptimizer:
         training = self._training()
         if not training:  # fewer matrices than turns
             return
+        report.accumulators = sum(entry.layer.num_weights for entry in training)
         candidates = [self._candidates(entry) for entry in training]
         caps = [int(cap_rate * entry.layer.num_weights) for entry in training]
         chosen = self._within_caps(training, candidates, caps)
@@ -376,11 +377,6 @@ class BooleanOptimizer:
         return sum(layer.num_weights for layer in self.layers.values())
 
     @property
-    def num_accumulators(self) -> int:
-        """One for every bit, or move between levels, that a step decides on."""
-        return sum(entry.layer.num_weights for entry in self.accumulated)
-
-    @property
     def plane_names(self) -> list[str]:
         """Every plane, in the order of the plane store."""
         return [plane_name(name, k) for name, layer in self.layers.items() for k in range(layer.num_planes)]
@@ -398,7 +394,7 @@ class BooleanOptimizer:
     def accumulator_quantiles(self) -> dict[str, list[float]]:
         """{accumulator: [quantiles of |v| in thresholds.., share at the bound]} of all ranks' parts; all ranks call."""
         counts = torch.stack([histogram(entry, self._on_device(entry)) for entry in self.accumulated])
-        counts = self.communicator.all_reduce_sum(counts, "accumulator_quantiles")
+        counts = self.communicator.all_reduce_sum(counts, "accumulator_quantiles").cpu()
         return {entry.name: quantiles(of_entry) for entry, of_entry in zip(self.accumulated, counts, strict=True)}
 
     def state_pieces(self) -> list[Piece]:

@@ -24,9 +24,15 @@ class FlipReport:
     candidates: dict[str, int] = field(default_factory=dict)  # weights whose accumulator had reached the threshold
     predicted: dict[str, float] = field(default_factory=dict)  # of a probed step: second-order change of the loss
     cap_rate: float = 0.0
+    accumulators: int = 0  # those that had their turn, one for every bit, or move between levels, that may flip
 
     def total(self) -> int:
         return sum(self.flips.values())
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of what might have flipped."""
+        return self.total() / self.accumulators if self.accumulators else 0.0
 
 
 def predicted_change(
@@ -39,8 +45,9 @@ def predicted_change(
 ) -> torch.Tensor:
     """What a probed step's signal says of its moves, () fp64: a move by u (in units of 2 |s|) changes the loss by
     2 q u + 2 s^2 h u^2, q = G s. Interactions between moves are what it leaves out."""
-    if entry.probe is None or entry.scales is None or not len(moves.elements):
+    if entry.probe is None or not len(moves.elements):
         return torch.zeros((), dtype=torch.float64, device=moves.elements.device)
+    assert entry.scales is not None, "kept while steps are probed"
     rows, columns = curvature.cost_of_a_flip(entry.matrix, *(scale[plane] for scale in entry.scales))
     width = words_per_row(entry.layer.in_features) * WORD_BITS
     positions = moves.elements.long()
@@ -53,7 +60,8 @@ def predicted_change(
 
 def histogram(entry: Accumulated, accumulator: torch.Tensor) -> torch.Tensor:
     """Counts of |v| over this rank's part, (2 _BINS + 1,) int64: by bins, the last of which holds all from two
-    thresholds on; then those at the bound. ``accumulator``: the entry's, on the device."""
+    thresholds on; then those at the bound. What pads rows to whole words counts as 0 here. ``accumulator``: the
+    entry's, on the device."""
     size = accumulated_values(accumulator[: entry.entries_owned]).float().abs()
     bins = (size * (_BINS / entry.format.threshold)).long().clamp_max(2 * _BINS - 1)
     counts = torch.bincount(bins, minlength=2 * _BINS + 1)

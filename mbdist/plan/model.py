@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mbdist.config.convert import ConvertConfig
 from mbdist.config.model import ModelConfig
 from mbdist.config.schema import RunConfig
-from mbdist.model.layers import convertible_layers, put_empty_layers
+from mbdist.convert.allocation import allocate, plane_bits
+from mbdist.model.layers import convertible_layers, linear_shape, put_empty_layers
 from mbdist.model.loading import check_window, load_causal_config
 from mbdist.model.quantizer import QUANT_METHOD
 from mbdist.train.prepare import teacher_source
@@ -33,10 +34,7 @@ class PlannedModel:
     def student(self, dtype: torch.dtype) -> PreTrainedModel:
         """Multi-Boolean, with what trains requiring gradients, frozen floats in ``dtype``."""
         model = _fake_model(self.architecture, dtype, self.config.model)
-        convert = self.config.convert
-        everywhere = convert.planes if convert.bits is None else min(convert.max_planes, math.ceil(convert.bits))
-        planes = self.planes or dict.fromkeys(convertible_layers(model, convert.include, convert.exclude), everywhere)
-        put_empty_layers(model, planes)
+        put_empty_layers(model, self.planes or _planned_planes(model, self.config.convert))
         choose_trained_floats(model, self.config.floats.also_train, dtype)
         return model
 
@@ -57,6 +55,18 @@ def planned_model(config: RunConfig, student: ModelConfig | None = None) -> Plan
     source = teacher_source(config) if config.loss.teacher == "float" else None
     teacher = load_causal_config(source) if source is not None else None
     return PlannedModel(config, architecture, _planes_of(architecture), teacher)
+
+
+def _planned_planes(model: PreTrainedModel, convert: ConvertConfig) -> dict[str, int]:
+    """Planes by layer of a model that is to be converted. A budget of bits is spread evenly: which matrices get more is
+    not known before the text is looked at."""
+    shapes = {
+        name: linear_shape(layer) for name, layer in convertible_layers(model, convert.include, convert.exclude).items()
+    }
+    if convert.bits is None:
+        return dict.fromkeys(shapes, convert.planes)
+    even = {name: [plane_bits(shape) / 4**k for k in range(convert.max_planes)] for name, shape in shapes.items()}
+    return allocate(even, shapes, convert.bits, per_bit=True)
 
 
 def _planes_of(architecture: PreTrainedConfig) -> dict[str, int]:

@@ -119,7 +119,9 @@ def _convert(
 ) -> None:
     if conversion.loads_whole:
         metrics.write("loading", model=config.model.path)
-    metrics.write("converting", planes=config.convert.planes, bits=config.convert.bits, init=config.convert.init)
+    bits, init = config.convert.bits, config.convert.init
+    goal = f"{config.convert.planes} planes" if bits is None else f"{bits} bits a weight"
+    metrics.write("converting", goal=goal, init=init)
     calibration = []
     if config.convert.needs_calibration:
         source = config.convert.calibration
@@ -140,6 +142,9 @@ def _convert(
         mean_relative_error=sum(report.relative_error for report in reports) / len(reports),
         relative_error={report.name: round(report.relative_error, 5) for report in reports},
         output_error={report.name: report.output_error for report in reports if report.output_error is not None},
+        moves_per_weight={
+            report.name: round(report.moves_per_weight, 5) for report in reports if report.moves_per_weight is not None
+        },
     )
 
 

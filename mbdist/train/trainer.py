@@ -89,7 +89,7 @@ class Trainer:
         self._agree()
         share_launch_settings(communicator)
         self.bits_per_weight = bits_per_weight(student)
-        self.num_planes = max(layer.num_planes for _, layer in boolean_layers(student))
+        self.planes = sorted({layer.num_planes for _, layer in boolean_layers(student)})
         choose_trained_floats(student, config.floats.also_train, self.dtype)
         trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
         magnitudes = mean_magnitudes(trained, files, communicator)
@@ -162,7 +162,7 @@ class Trainer:
             accumulation=config.accumulation,
             codec=config.comm.codec,
             deepspeed=self.engine.zero_settings,
-            planes=self.num_planes,
+            planes=self.planes,
             bits_per_weight=self.bits_per_weight,
             trained_weights={entry.name: entry.layer.num_weights for entry in self.boolean.accumulated},
             teacher=self.teacher.describe() if self.teacher is not None else "none",
@@ -368,7 +368,7 @@ class Trainer:
             kl=kl if self.teacher is not None else None,
             cross_entropy=cross_entropy,
             skipped=report is None,
-            flip_rate=report.total() / self.boolean.num_accumulators if report else 0.0,
+            flip_rate=report.flip_rate if report else 0.0,
             flip_cap=report.cap_rate if report else 0.0,
             flips=report.flips if report else {},
             flipped_back=report.flipped_back if report else {},

@@ -19,7 +19,7 @@ _PLAIN_LINES = 20  # about so many step lines a run where there is no terminal
 
 _SAYS = {
     "loading": "loading {model}",
-    "converting": "converting to {planes} planes ({init})",
+    "converting": "converting to {goal} ({init})",
     "converted": "converted {layers} layers: {bits_per_weight:.2f} bits a weight, "
     "mean relative error {mean_relative_error:.3f}",
     "prepared": "the converted model of an earlier run with the same settings is reused",

@@ -11,6 +11,7 @@ from mbdist.convert.initialize import INITIALIZATIONS, Matrix, in_turn
 from mbdist.convert.moments import LayerMoments
 from mbdist.convert.weighted_matrix import row_chunks
 from mbdist.model.hashing import hash_planes
+from mbdist.model.layers import boolean_layers
 from mbdist.model.loading import load_model
 from mbdist_launch.spread import spread_over
 
@@ -55,5 +56,7 @@ def test_convert_with_workers_writes_the_same_model(tmp_path, llama_folder):
     for name, extra in (("one", []), ("two", ["--workers", "2"])):
         command = ["mbdist", "convert", llama_folder, tmp_path / name, "--python-docs", "--bits", "4.5"]
         subprocess.run([*command, "--window", "32", "--calibration-tokens", "512", *extra], check=True, timeout=300)
-        hashes.add(hash_planes(load_model(ModelConfig(path=str(tmp_path / name)))))
+        model = load_model(ModelConfig(path=str(tmp_path / name)))
+        assert len({layer.num_planes for _, layer in boolean_layers(model)}) > 1, "not the same for all"
+        hashes.add(hash_planes(model))
     assert len(hashes) == 1

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mbdist.config.convert import ConvertConfig, ReconstructionConfig
 from mbdist.config.model import ModelConfig
 from mbdist.convert import bits_per_weight as bits_per_weight_of
-from mbdist.convert.allocation import allocate, plane_bits, second_order_errors
+from mbdist.convert.allocation import allocate, plane_bits, sampled, second_order_errors
 from mbdist.convert.aside import Aside
 from mbdist.convert.blocks import ModelBlocks, block_names
 from mbdist.convert.calibrated import OutputMetric
@@ -245,13 +245,15 @@ def test_block_walk_gives_the_states_of_both_streams(architecture, sequential, t
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_reconstruction_brings_the_blocks_outputs_closer_and_flips_do_more_than_scales(architecture, tmp_path):
     ids = torch.randint(0, models.VOCABULARY, (64, 32))
-    left = {}
+    left, moves = {}, {}
     for name, changes in {"none": {"lr": 0.0, "step_size": 0.0}, "scales": {"step_size": 0.0}, "flips": {}}.items():
         settings = ReconstructionConfig(steps=32, **changes)
         config = ConvertConfig(planes=1, calibration_tokens=2048, reconstruction=settings)
         reports, _ = models.convert(models.small_model(architecture), tmp_path, config, ids.split(4))
         left[name] = reports[-1].output_error
+        moves[name] = sum(report.moves_per_weight for report in reports)
     assert left["flips"] < left["scales"] < left["none"]
+    assert moves["flips"] > 0 == moves["scales"]
 
 
 def test_svid_of_a_zero_matrix_is_finite():
@@ -364,25 +366,34 @@ def test_allocation_spends_the_budget_where_it_does_most():
 
 
 def test_second_order_errors_are_those_of_the_calibrated_planes():
-    weight, inputs = torch.randn(64, 96), torch.randn(400, 96) @ torch.randn(96, 96)
-    moments = LayerMoments(inputs.square().sum(0), torch.rand(64) + 0.1)
+    """Some rows stand for all: of rows alike to within a head of 96, but for their gradients."""
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(576, 96), torch.randn(400, 96) @ torch.randn(96, 96)
+    moments = LayerMoments(inputs.square().sum(0), (torch.rand(96) ** 3 + 0.1).repeat(6))
     metric = OutputMetric.of(inputs.T @ inputs)
-    errors = second_order_errors(weight, moments, metric, 3)
+    rows, of_rows = sampled(weight, moments)
+    assert rows.shape == (256, 96)
+    errors = second_order_errors(rows, of_rows, metric, 3)
     for planes, error in enumerate(errors, start=1):
         moments.gram = inputs.T @ inputs
         (found,) = INITIALIZATIONS["calibrated"]([Matrix(lambda: weight, planes, moments)], in_turn)
         difference = weight - layer_from(found, None).dense_weight()
         expected = (difference @ metric.hessian * difference).sum(1) @ moments.output_squares
-        assert error == pytest.approx(expected.square().item(), rel=1e-3)
+        assert error == pytest.approx(expected.square().item(), rel=0.1)
+        assert second_order_errors(weight, moments, metric, planes)[-1] == pytest.approx(
+            expected.square().item(), rel=1e-3
+        )
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
 
 
-@pytest.mark.parametrize("rule", ["second_order", "residual"])
-def test_conversion_to_a_budget_of_bits(rule, tmp_path):
+@pytest.mark.parametrize(
+    ("rule", "architecture"), [("second_order", "llama"), ("second_order", "gpt2"), ("residual", "llama")]
+)
+def test_conversion_to_a_budget_of_bits(rule, architecture, tmp_path):
     ids = torch.randint(0, models.VOCABULARY, (4, 32))
     config = ConvertConfig(bits=3.6, allocation=rule, init="joint", max_planes=3)
-    reports, model = models.convert(models.small_model(), tmp_path, config, ids.split(2))
-    assert {report.planes for report in reports} > {1, 2} or {report.planes for report in reports} > {2, 3}
+    reports, model = models.convert(models.small_model(architecture), tmp_path, config, ids.split(2))
+    assert len({report.planes for report in reports}) > 1, "not the same for all"
     assert 3.2 < bits_per_weight(model) <= 3.6
 
 
