@@ -55,6 +55,7 @@ def test_convert_with_workers_writes_the_same_model(tmp_path, llama_folder):
     hashes = set()
     for name, extra in (("one", []), ("two", ["--workers", "2"])):
         command = ["mbdist", "convert", llama_folder, tmp_path / name, "--python-docs", "--bits", "4.5"]
+        command += ["--reconstruction-steps", "4"]
         subprocess.run([*command, "--window", "32", "--calibration-tokens", "512", *extra], check=True, timeout=300)
         model = load_model(ModelConfig(path=str(tmp_path / name)))
         assert len({layer.num_planes for _, layer in boolean_layers(model)}) > 1, "not the same for all"
