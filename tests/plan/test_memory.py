@@ -13,6 +13,7 @@ import yaml
 
 from mbdist.comm.step_bytes import step_bytes
 from mbdist.config import parse_config
+from mbdist.convert.allocation import plane_bits
 from mbdist.plan import plan_memory, planned_model
 from mbdist.plan.dry_run import beside_plan, run_dry
 from mbdist.plan.step_time import trained_model
@@ -68,6 +69,16 @@ def test_a_dry_run_shows_partition_buckets_and_bytes_beside_the_plan(tmp_path, l
     assert rows["words that a worker owns, at most"] == (2 * sum(parts), 2 * sum(parts))
     last = [matrix.plane_words - 4 * part for matrix, part in zip(model.matrices, parts, strict=True)]
     assert rows["words that a worker owns, at least"][0] == 2 * sum(last) < 2 * sum(parts)
+
+
+@pytest.mark.parametrize("bits", [3.5, 4.5])
+def test_a_budget_of_bits_is_planned_as_the_planes_that_it_buys(tmp_path, llama_folder, bits):
+    run = settings(tmp_path, llama_folder, 1, 2, data={"window": 32}, convert={"bits": bits})
+    matrices = trained_model(planned_model(parse_config(run)), torch.bfloat16).matrices
+    weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+    spent = sum(matrix.planes * plane_bits((matrix.rows, matrix.columns)) for matrix in matrices) / weights
+    assert bits - 0.5 < spent <= bits
+    assert max(matrix.planes for matrix in matrices) - min(matrix.planes for matrix in matrices) <= 1, "evenly"
 
 
 TWICE = {"keep_gathered_gb": 0.0}
