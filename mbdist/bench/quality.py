@@ -190,7 +190,7 @@ def _conversion_rows(config: RunConfig) -> Iterator[Row]:
 
 
 def _ablation_rows(config: RunConfig) -> Iterator[Row]:
-    """What finetuning can do otherwise, in few small steps: starts by ways to train the bits, rules, threshold, cap.
+    """What finetuning can do otherwise, in few small steps: starts by what trains, rules, threshold.
     Rows whose blocks are not reconstructed finetune on those tokens too."""
     steps, blocks = config.train.steps // 2, config.convert.reconstruction.steps // 2
     short = {
@@ -200,21 +200,17 @@ def _ablation_rows(config: RunConfig) -> Iterator[Row]:
         **_half_steps(config),
     }
     longer = {"train.steps": steps + 2 * blocks}
-    curvature = {"boolean.signal": "curvature", "boolean.step_size": 0.05}
 
     def row(name: str, changes: dict) -> Row:
         return Row("ablation", name, measure_run, {**short, **changes})
 
     yield Row("ablation", "float", measure_finetuned_float, {**short, **longer})
-    yield row("joint, scales only", {**longer, "convert.init": "joint", **_NO_FLIPS})
     for start, changes in (("calibrated", {**longer, **_NOT_RECONSTRUCTED}), ("reconstructed", {})):
         yield row(f"{start}, scales only", {**changes, **_NO_FLIPS})
         yield row(f"{start}, evidence", changes)
-    yield row("reconstructed, curvature", curvature)
     yield row("reconstructed, evidence of 3 standard errors", {"boolean.step_size": 1 / 3})
-    for signal, step_size in (("rms", 0.05), ("raw", 5e-3)):
+    for signal, step_size in (("curvature", 0.05), ("rms", 0.05), ("raw", 5e-3)):
         yield row(f"reconstructed, {signal}", {"boolean.signal": signal, "boolean.step_size": step_size})
-    yield row("reconstructed, curvature, thrice the cap", {**curvature, "boolean.max_flip_rate": 1e-3})
 
 
 def _allocation_rows(config: RunConfig) -> Iterator[Row]:
