@@ -140,7 +140,7 @@ def test_env_and_schema_are_json():
         (["convert", "{model}", "out", "--bits", "3", "--planes", "2"], "exclude each other"),
         (["convert", "{model}", "out", "--init", "svid", "--bits", "3"], "--allocation residual takes none"),
         (["convert", "{model}", "out", "--text", "a.txt", "--python-docs"], "--text and --python-docs exclude"),
-        (["convert", "{model}", "out", "--bits", "0", "--python-docs"], "range"),
+        (["convert", "{model}", "out", "--bits", "0", "--python-docs"], "greater than or equal to 1"),
         (["convert", "{model}", "out", "--bits", "1.1", "--python-docs"], "1.1 bits a weight are too few"),
         (["convert", "{model}", "out", "--bits", "20", "--python-docs"], "raise max_planes or lower bits"),
         (["convert", "{converted}", "out", "--init", "joint"], "is multi-Boolean already"),
