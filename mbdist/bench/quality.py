@@ -285,7 +285,8 @@ def _name_references(rows: list[dict]) -> None:
 
 def changed_config(config: RunConfig, changes: dict) -> RunConfig:
     """The config with ``{"section.key": value}`` applied, in a run folder that rows with the same start share."""
+    from mbdist.train.prepare import preparation_settings
+
     changed = with_changes(config, changes)
-    data = changed.data.model_dump(exclude={"max_eval_windows", "cache_dir"})
-    start = digest_of([changed.model.model_dump(), changed.convert.model_dump(), data])
+    start = digest_of(preparation_settings(changed))
     return changed.model_copy(update={"run_dir": str(Path(config.run_dir) / start)})

@@ -148,13 +148,17 @@ def _convert(
     )
 
 
+def preparation_settings(config: RunConfig) -> list[dict]:
+    """The settings that preparation depends on."""
+    data = config.data.model_dump(exclude={"max_eval_windows", "cache_dir"})
+    return [config.model.model_dump(), config.convert.model_dump(), data]
+
+
 def preparation_key(config: RunConfig) -> str:
     """Identifies the settings that preparation depends on, and the files of a local model, on whatever machine."""
     folder = Path(resolve_path(config.model.path))
     files = fingerprint_files(file for file in folder.glob("*.*") if file.is_file())
-    sections = [config.model.model_dump(), config.convert.model_dump()]
-    sections.append(config.data.model_dump(exclude={"max_eval_windows", "cache_dir"}))
-    described = [sections, files]
+    described = [preparation_settings(config), files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
